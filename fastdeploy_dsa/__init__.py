@@ -1,0 +1,29 @@
+"""DeepSeek Sparse Attention inference for PaddlePaddle.
+
+Importing the package does not import paddle: the names below arrive with their first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdeploy_dsa.config import ModelConfig
+    from fastdeploy_dsa.engine import LLM, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "fastdeploy_dsa.engine",
+    "ModelConfig": "fastdeploy_dsa.config",
+    "SamplingParams": "fastdeploy_dsa.engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

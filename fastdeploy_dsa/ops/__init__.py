@@ -1,0 +1,35 @@
+"""One typed function per op, over Paddle tensors. Importing this package does not import paddle.
+
+Rules of every op
+    - Inputs that are not contiguous are read through a contiguous copy that Paddle makes; tensors that are written in
+      place must be contiguous.
+    - A user's mistake is a ValueError that names the argument, what was expected and what came.
+    - An empty batch is valid.
+    - Nothing is recorded for a backward pass.
+"""
+
+from fastdeploy_dsa.ops.block_copy import block_copy
+from fastdeploy_dsa.ops.index_key_write import index_key_write
+from fastdeploy_dsa.ops.index_query_quant import index_query_quant
+from fastdeploy_dsa.ops.index_select import index_select
+from fastdeploy_dsa.ops.indexer_logits import indexer_logits
+from fastdeploy_dsa.ops.mla_cache_write import mla_cache_write
+from fastdeploy_dsa.ops.sparse_mla import sparse_mla
+from fastdeploy_dsa.ops.topk_slots import topk_slots
+from fastdeploy_dsa.ops.types import CacheFormat, CpuOptions, IndexSelection, Isa, ScaleFormat
+
+__all__ = [
+    "CacheFormat",
+    "CpuOptions",
+    "IndexSelection",
+    "Isa",
+    "ScaleFormat",
+    "block_copy",
+    "index_key_write",
+    "index_query_quant",
+    "index_select",
+    "indexer_logits",
+    "mla_cache_write",
+    "sparse_mla",
+    "topk_slots",
+]
