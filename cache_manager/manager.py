@@ -1,0 +1,390 @@
+"""The blocks of requests: prefix hits, growth, copy-on-write, draft rollback, swapping."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cache_manager.block_pool import BlockId
+from cache_manager.block_table import BlockTable
+from cache_manager.controller import CacheController
+from cache_manager.errors import CacheError, CacheInUse, OutOfBlocks
+from cache_manager.matching import PrefixMatch, find_match
+from cache_manager.prefix_tree import PrefixNode, Tier, token_bytes
+from cache_manager.stats import CacheStats, collect_stats
+from cache_manager.swapping import has_host_room, move_to_device, move_to_host
+from cache_manager.tables import OpenTables
+from cache_manager.tiers import CacheTiers
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+class CacheManager:
+    """Owns the block tables of a cache and everything that is cached for prefixes; one thread calls it.
+
+    A call that raises has changed no table and no reference count. Cached blocks without an owner may have given way.
+
+    The engine's cycle for a request, see docs/cache_manager.md:
+
+        table = open(tokens)          hits are shared, hits on the host start to load, the rest gets fresh blocks
+        extend(table, num_tokens)     before a step: blocks for its tokens, exclusive ones
+        wait_for_layer(layer)         in the step, before the first access to each layer
+        commit(table, tokens)         after the step: these tokens are computed and confirmed, full blocks are cached
+        truncate(table, num_tokens)   gives back blocks of rejected drafts
+        swap_out, swap_in             preemption that keeps the blocks
+        close(table)                  the blocks stay cached until somebody needs the room
+    """
+
+    def __init__(
+        self, controller: CacheController, *, num_blocks: int, block_size: int, is_prefix_cached: bool = True
+    ) -> None:
+        """Manage the blocks of a controller's caches, which are allocated already (or, in tests, do not exist).
+
+        Args:
+            controller: Copies blocks. Its host tier, if it has one, belongs to this manager.
+            num_blocks: Blocks on the device, at most as many as each of the controller's groups has.
+            block_size: Tokens of a block.
+            is_prefix_cached: Whether blocks of one request serve others, and later ones.
+
+        Raises:
+            ValueError: num_blocks or block_size is out of range.
+        """
+        self._controller = controller
+        self._require_num_blocks(num_blocks)
+        self._tiers = CacheTiers(controller, num_blocks, block_size)
+        self._tables = OpenTables(controller, self._tiers)
+        self._is_prefix_cached = is_prefix_cached
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks on the device."""
+        return self._tiers.device.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._tiers.block_size
+
+    @property
+    def is_prefix_cached(self) -> bool:
+        """Whether blocks of one request serve others, and later ones."""
+        return self._is_prefix_cached
+
+    @property
+    def num_available(self) -> int:
+        """Blocks on the device that are free or would give way."""
+        return self._tiers.num_available
+
+    def match(self, tokens: npt.ArrayLike, *, num_tokens: int | None = None, salt: bytes = b"") -> PrefixMatch:
+        """What `open` with the same arguments would find and take; nothing changes.
+
+        Raises:
+            ValueError: As open.
+        """
+        return find_match(self._tiers, tokens, num_tokens, salt, is_prefix_cached=self._is_prefix_cached)
+
+    def open(self, tokens: npt.ArrayLike, *, num_tokens: int | None = None, salt: bytes = b"") -> BlockTable:
+        """Give a new request its blocks: cached ones as far as there are any, fresh ones for the rest.
+
+        Args:
+            tokens: [n] integers, n >= 1; the request's known tokens. An int64 array is the fastest.
+            num_tokens: Tokens to have room for; None: n.
+            salt: Whatever else decides a block's bytes: an adapter, a tenant.
+
+        Returns:
+            The table. Compute from position table.num_computed on; if table.load is not None, see wait_for_layer.
+
+        Raises:
+            ValueError: There are no tokens, or num_tokens is below n.
+            OutOfBlocks: Too few blocks are available.
+            TransferFailed, TransferTimeout: A shared last block could not be copied.
+        """
+        self._tables.poll()
+        match = self.match(tokens, num_tokens=num_tokens, salt=salt)
+        if self._tables.settle_nodes(match.path):
+            match = self.match(tokens, num_tokens=num_tokens, salt=salt)
+        if not match.fits:
+            raise OutOfBlocks(f"{match.num_blocks_needed} blocks needed, {self.num_available} are free or evictable")
+        table = BlockTable(salt, path=list(match.path), num_computed=match.num_tokens)
+        self._tables.add(table)
+        self._fill(table, match.num_blocks)
+        try:
+            self.extend(table, num_tokens or match.num_known)
+        except CacheError:
+            self.close(table)
+            raise
+        table.num_host_hits = match.num_host_tokens
+        table.num_device_hits = match.num_tokens - match.num_host_tokens
+        self._counts["queried"] += match.num_known
+        self._counts["device_hits"] += table.num_device_hits
+        self._counts["host_hits"] += table.num_host_hits
+        for node in match.path:
+            node.num_uses += 1
+        self._back_up(match.path)
+        return table
+
+    def extend(self, table: BlockTable, num_tokens: int) -> int:
+        """Make positions table.num_computed .. num_tokens - 1 writable: fresh blocks behind, copies of shared blocks.
+
+        Returns:
+            Index of the first entry of table.blocks that changed; len(table.blocks) if none did.
+
+        Raises:
+            ValueError: num_tokens is below table.num_computed.
+            OutOfBlocks: Too few blocks are available.
+            WrongState: The request is on the host.
+            UnknownTable: The table is not open.
+            TransferFailed: A shared block could not be copied.
+            TransferTimeout: A load that a shared block waits for takes too long.
+        """
+        self._tables.require_on_device(table)
+        if num_tokens < table.num_computed:
+            raise ValueError(f"num_tokens: expected {table.num_computed} or more, got {num_tokens}")
+        begin, end = table.num_computed // self.block_size, self._tiers.num_blocks_of(num_tokens)
+        if any(place < len(table.path) for place in range(begin, end)):
+            self._tables.loads.settle(table)
+        replaced = [place for place in range(begin, min(end, len(table.blocks))) if self._is_shared(table, place)]
+        num_held = len(table.blocks)
+        taken = self._tiers.take_device(len(replaced) + max(0, end - num_held))
+        fresh, added = taken[: len(replaced)], taken[len(replaced) :]
+        if replaced and replaced[0] * self.block_size < table.num_computed:
+            try:
+                self._controller.copy_blocks([table.blocks[replaced[0]]], [fresh[0]])
+            except CacheError:
+                self._tiers.device.free(taken)
+                raise
+            self._counts["copied"] += 1
+        self._tiers.device.free([table.blocks[place] for place in replaced])
+        for place, block in zip(replaced, fresh, strict=True):
+            table.blocks[place] = block
+        table.blocks += added
+        if replaced:
+            del table.path[replaced[0] :]
+            return replaced[0]
+        return num_held
+
+    def commit(self, table: BlockTable, tokens: npt.ArrayLike) -> int:
+        """The entries of these tokens, all of the request's, exist and are confirmed: full blocks enter the cache.
+
+        If the same tokens are cached in another block already, the table takes that one and gives its own back.
+
+        Returns:
+            As extend.
+
+        Raises:
+            ValueError: There are fewer tokens than before, or more than the blocks hold.
+            WrongState, UnknownTable: As extend.
+            TransferFailed: A load that the tokens built on had failed: call take_failed first and compute again.
+            TransferTimeout: A load goes on.
+        """
+        self._tables.settle(table)
+        num_tokens = len(np.asarray(tokens))
+        if not table.num_computed <= num_tokens <= len(table.blocks) * self.block_size:
+            capacity = len(table.blocks) * self.block_size
+            raise ValueError(f"tokens: expected {table.num_computed} .. {capacity} tokens, got {num_tokens}")
+        num_cached, num_full = len(table.path), num_tokens // self.block_size
+        row = token_bytes(np.asarray(tokens)[num_cached * self.block_size : num_full * self.block_size])
+        table.num_computed = num_tokens
+        first_changed = len(table.blocks)
+        if self._is_prefix_cached and not table.is_closed_to_cache:
+            width = len(row) // max(1, num_full - num_cached)
+            for place in range(num_cached, num_full):
+                begin = (place - num_cached) * width
+                if not self._cache_block(table, place, row[begin : begin + width]):
+                    break
+                if table.blocks[place] != table.path[place].blocks[Tier.DEVICE]:
+                    first_changed = min(first_changed, place)
+                    self._take_cached(table, place)
+        self._back_up(table.path[num_cached:])
+        return first_changed
+
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Give back blocks beyond num_tokens (draft rollback); entries behind it count as not computed.
+
+        Raises:
+            ValueError: num_tokens is negative, cuts into cached blocks, or is more than the blocks hold.
+            WrongState, UnknownTable: As extend.
+        """
+        self._tables.require_on_device(table)
+        self._tables.loads.settle(table)
+        low, high = len(table.path) * self.block_size, len(table.blocks) * self.block_size
+        if not low <= num_tokens <= high:
+            raise ValueError(f"num_tokens: expected {low} .. {high}, got {num_tokens}")
+        kept = self._tiers.num_blocks_of(num_tokens)
+        self._tiers.device.free(table.blocks[kept:])
+        del table.blocks[kept:]
+        table.num_computed = min(table.num_computed, num_tokens)
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second request with the same tokens so far, on the same blocks; whoever extends first gets copies.
+
+        Raises:
+            WrongState, UnknownTable: As extend.
+            TransferFailed, TransferTimeout: As commit.
+        """
+        self._tables.settle(table)
+        self._tiers.device.share(table.blocks)
+        child = BlockTable(table.salt, blocks=list(table.blocks), num_computed=table.num_computed)
+        child.path, child.is_closed_to_cache = list(table.path), table.is_closed_to_cache
+        self._tables.add(child)
+        return child
+
+    def swap_out(self, table: BlockTable) -> None:
+        """Move a request to the host, and wait for it; its cached blocks stay cached on the device as well.
+
+        Raises:
+            NoHostTier, OutOfBlocks: There is no room on the host.
+            WrongState, UnknownTable: As extend.
+            TransferFailed, TransferTimeout: It is still on the device.
+        """
+        self._counts["swapped_out"] += move_to_host(self._tables, table)
+
+    def swap_in(self, table: BlockTable, *, num_tokens: int | None = None) -> None:
+        """Start to bring a request back; it may run at once, see wait_for_layer.
+
+        Args:
+            num_tokens: Tokens to have room for; None: table.num_computed.
+
+        Raises:
+            ValueError: num_tokens is below table.num_computed.
+            OutOfBlocks: Too few blocks are available; it is still on the host.
+            WrongState: It is on the device.
+            UnknownTable: The table is not open.
+        """
+        self._counts["swapped_in"] += move_to_device(self._tables, table, num_tokens)
+
+    def close(self, table: BlockTable) -> None:
+        """Give a request's blocks back, on both tiers, even while they are loading.
+
+        Raises:
+            UnknownTable: The table is not open.
+        """
+        self._tables.require_open(table)
+        self._tables.remove(table)
+
+    def wait_for_layer(self, layer_id: int) -> None:
+        """Return when compute may access a layer of every open table; at once if nothing is loading.
+
+        Raises:
+            TransferFailed: A load failed: take_failed says whose.
+            TransferTimeout: A load goes on.
+        """
+        self._tables.loads.wait_for_layer(layer_id)
+
+    def wait_for_loads(self) -> None:
+        """The same for all layers."""
+        self._tables.loads.wait_for_layer(None)
+
+    def take_failed(self) -> dict[BlockTable, CacheError]:
+        """Tables whose load has failed since the last call, and why.
+
+        The load is undone:
+
+        * after open: on the device; compute from table.num_computed on, which is smaller now;
+        * after swap_in: on the host again.
+        """
+        return self._tables.take_failed()
+
+    def can_swap_out(self, table: BlockTable) -> tuple[bool, str]:
+        """Whether the host tier has room for a request now, and why not."""
+        return has_host_room(self._tables, table)
+
+    def reset(self) -> None:
+        """Forget everything cached, as after a change of weights; open tables keep their blocks but cache no more."""
+        self._tables.poll()
+        self._tables.forget_cache()
+        self._tiers.clear()
+
+    def resize(self, num_blocks: int) -> None:
+        """Change the number of device blocks in use, within what the controller allocated.
+
+        Raises:
+            ValueError: num_blocks is below 1 or above the controller's.
+            CacheInUse: A block beyond it is owned.
+        """
+        self._tables.poll()
+        self._require_num_blocks(num_blocks)
+        device = self._tiers.device
+        owned = [block for block in range(num_blocks, device.num_blocks) if device.num_owners(BlockId(block))]
+        if owned:
+            raise CacheInUse(f"num_blocks: expected {owned[-1] + 1} or more while block {owned[-1]} is owned")
+        self._tiers.evict_above(num_blocks)
+        device.resize(num_blocks)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Let every copy end and take it over.
+
+        Raises:
+            TransferTimeout: One goes on.
+        """
+        self._controller.drain(timeout)
+        self._tables.poll()
+
+    def stats(self) -> CacheStats:
+        """Counters since the start and blocks by state now."""
+        return collect_stats(self._tables, self._counts, self._controller)
+
+    def check_integrity(self) -> None:
+        """Check that every block is free, evictable or owned, exactly once, with as many references as owners.
+
+        Raises:
+            AssertionError: The manager is broken; no caller can cause that.
+        """
+        self._tables.check_integrity()
+
+    def _require_num_blocks(self, num_blocks: int) -> None:
+        limit = self._controller.num_device_blocks
+        if num_blocks < 1 or (limit is not None and num_blocks > limit):
+            expected = "1 or more" if limit is None else f"1 .. {limit}"
+            raise ValueError(f"num_blocks: expected {expected}, got {num_blocks}")
+
+    def _fill(self, table: BlockTable, num_blocks: int) -> None:
+        """Give a fresh table the blocks of its path: shared ones, then ones that start to load."""
+        on_device = [block for node in table.path if (block := node.blocks[Tier.DEVICE]) is not None]
+        self._tiers.device.share(on_device)
+        table.blocks += on_device
+        behind = table.path[len(on_device) :]
+        on_host = [block for node in behind if (block := node.blocks[Tier.HOST]) is not None]
+        if on_host:
+            self._tiers.host.share(on_host)  # while room is made on the device they cannot be evicted
+            # All blocks at once: making room later would wait for the load, whose turn is earlier.
+            table.blocks += self._tiers.take_device(num_blocks - len(on_device))
+            self._tables.loads.start(table, dict(enumerate(on_host, len(on_device))), is_swap_in=False)
+            self._tiers.host.free(on_host)
+
+    def _back_up(self, nodes: Sequence[PrefixNode]) -> None:
+        """Copy nodes to the host if the write policy wants that before they are evicted."""
+        threshold = {"write_through": 1, "write_through_selective": 2}.get(self._controller.write_policy)
+        if threshold is not None and self._tiers.has_host:
+            wanted = [node for node in nodes if node.num_uses >= threshold and node.blocks[Tier.DEVICE] is not None]
+            self._tiers.back_up(wanted)
+
+    def _is_shared(self, table: BlockTable, place: int) -> bool:
+        block, device = table.blocks[place], self._tiers.device
+        return device.is_cached(block) or device.num_owners(block) - (block in self._tables.loads.filling(table)) > 1
+
+    def _cache_block(self, table: BlockTable, place: int, tokens: bytes) -> bool:
+        """Append the node of a computed block to the path, with the table's block if it has none on the device."""
+        tree = self._tiers.tree
+        num_before = len(tree)
+        node = tree.insert(table.path[-1] if table.path else None, tokens, table.salt)
+        if node is None:
+            table.is_closed_to_cache = True
+            return False
+        node.num_uses += len(tree) == num_before
+        if node.blocks[Tier.DEVICE] is None:
+            self._tiers.attach(node, Tier.DEVICE, table.blocks[place])
+        table.path.append(node)
+        return True
+
+    def _take_cached(self, table: BlockTable, place: int) -> None:
+        block = table.path[place].blocks[Tier.DEVICE]
+        assert block is not None, "the path of a table on the device is there"  # noqa: S101 - a bug of this file
+        self._tiers.device.share([block])
+        self._tiers.device.free([table.blocks[place]])
+        table.blocks[place] = block
