@@ -1,0 +1,33 @@
+"""A Hugging Face config.json as one frozen, validated object; nothing else reads raw keys."""
+
+from fastdeploy_dsa.config.families import MODELS, ModelName
+from fastdeploy_dsa.config.keys import ConfigError, UnsupportedConfigError
+from fastdeploy_dsa.config.model_config import (
+    RATIO_OF_KIND,
+    CompressedConfig,
+    DsaConfig,
+    LayerKind,
+    MlaConfig,
+    MlpType,
+    ModelConfig,
+)
+from fastdeploy_dsa.config.rope import RopeConfig
+
+MODEL_TYPE_OF_ARCHITECTURE = {model.architecture: model.model_type for model in MODELS if model.family == "dsa"}
+"""The models the engine can run."""
+
+__all__ = [
+    "MODELS",
+    "MODEL_TYPE_OF_ARCHITECTURE",
+    "RATIO_OF_KIND",
+    "CompressedConfig",
+    "ConfigError",
+    "DsaConfig",
+    "LayerKind",
+    "MlaConfig",
+    "MlpType",
+    "ModelConfig",
+    "ModelName",
+    "RopeConfig",
+    "UnsupportedConfigError",
+]
