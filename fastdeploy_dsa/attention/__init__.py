@@ -1,0 +1,1 @@
+"""Attention backends: each owns its cache layout and the calls over it."""

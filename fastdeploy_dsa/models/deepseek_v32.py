@@ -1,0 +1,250 @@
+"""DeepSeek-V3.2 and the GLM-5 family: latent attention with an indexer, dense and mixture-of-experts layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import paddle
+from paddle import Tensor
+
+from fastdeploy_dsa.attention.backend import KVCaches
+from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
+from fastdeploy_dsa.config import DsaConfig
+from fastdeploy_dsa.indexer import Indexer
+from fastdeploy_dsa.layers import MLP, MoE, Weights, linear, rms_norm
+from fastdeploy_dsa.ops import IndexSelection
+from fastdeploy_dsa.rotary import RotaryTable, Rotation, rotate_interleaved
+from fastdeploy_dsa.row_invariance import ROW_MULTIPLE
+from fastdeploy_dsa.step import StepMetadata
+
+SelectionObserver = Callable[[int, IndexSelection], None]
+
+
+class DeepseekV32Attention:
+    """Latent attention in its absorbed form over the selected tokens (rules S4 to S12, S87)."""
+
+    def __init__(self, weights: Weights, config: DsaConfig, layer_id: int, owns_indexer: bool) -> None:
+        """Take the projections, and the indexer's where the layer owns one, from weights."""
+        self._config = config
+        self._layer_id = layer_id
+        self._q_a = weights["q_a_proj.weight"]
+        self._q_a_norm = weights["q_a_layernorm.weight"]
+        self._q_b = weights["q_b_proj.weight"]
+        self._kv_a = weights["kv_a_proj_with_mqa.weight"]
+        self._kv_a_norm = weights["kv_a_layernorm.weight"]
+        self._o = weights["o_proj.weight"]
+        heads = [config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank]
+        kv_b = weights["kv_b_proj.weight"].reshape(heads)
+        self._w_uk = kv_b[:, : config.qk_nope_head_dim].contiguous()  # [heads, nope, kv_lora_rank]
+        self._w_uv = kv_b[:, config.qk_nope_head_dim :].transpose([0, 2, 1]).contiguous()  # [heads, kv_lora_rank, v]
+        self.indexer = Indexer(weights.below("indexer"), config) if owns_indexer else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+        selection: IndexSelection | None,
+    ) -> tuple[Tensor, IndexSelection]:
+        """Attend over the layer's own selection, or over the given one if the layer owns no indexer.
+
+        Args:
+            x: [num_rows, hidden_size] float32.
+            rotation: Of the rows.
+            step: The rows.
+            attn_backend: Owner of the cache layout.
+            caches: Cache tensors by (role, layer id).
+            selection: Of the nearest full layer below; None for a layer with an indexer.
+
+        Returns:
+            [num_rows, hidden_size] and the selection used.
+        """
+        q_c = rms_norm(linear(x, self._q_a), self._q_a_norm, self._config.rms_norm_eps)
+        if self.indexer is not None:
+            index_cache = caches["indexer", self._layer_id]
+            selection = self.indexer(
+                x, q_c, rotation=rotation, step=step, index_cache=index_cache, cpu=attn_backend.cpu
+            )
+        if selection is None:
+            raise ValueError(f"selection: layer {self._layer_id} owns no indexer and got no selection")
+        attended = attn_backend.forward(
+            self._queries(q_c, rotation),
+            self._entries(x, rotation),
+            layer_id=self._layer_id,
+            step=step,
+            caches=caches,
+            selection=selection,
+        )
+        return self.output(attended), selection
+
+    def output(self, attended: Tensor) -> Tensor:
+        """Latent results [num_rows, heads, kv_lora_rank] to values and through the output projection."""
+        values = paddle.matmul(attended.transpose([1, 0, 2]), self._w_uv).transpose([1, 0, 2])
+        return linear(values.reshape([values.shape[0], -1]), self._o)
+
+    def _queries(self, q_c: Tensor, rotation: Rotation) -> Tensor:
+        """Absorbed queries [num_rows, heads, kv_lora_rank + qk_rope_head_dim]."""
+        nope = self._config.qk_nope_head_dim
+        q = linear(q_c, self._q_b).reshape([-1, self._config.num_attention_heads, self._config.qk_head_dim])
+        latent = paddle.matmul(q[..., :nope].transpose([1, 0, 2]), self._w_uk).transpose([1, 0, 2])
+        return paddle.concat([latent, rotate_interleaved(q[..., nope:], rotation)], axis=-1)
+
+    def _entries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What the rows add to the latent cache: normed latent and rotated key."""
+        kv = linear(x, self._kv_a)
+        rank = self._config.kv_lora_rank
+        latent = rms_norm(kv[:, :rank], self._kv_a_norm, self._config.rms_norm_eps)
+        return latent, rotate_interleaved(kv[:, rank:], rotation)
+
+    @staticmethod
+    def shapes(config: DsaConfig, owns_indexer: bool) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights."""
+        heads = config.num_attention_heads
+        shapes = {
+            "q_a_proj.weight": (config.q_lora_rank, config.hidden_size),
+            "q_a_layernorm.weight": (config.q_lora_rank,),
+            "q_b_proj.weight": (heads * config.qk_head_dim, config.q_lora_rank),
+            "kv_a_proj_with_mqa.weight": (config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size),
+            "kv_a_layernorm.weight": (config.kv_lora_rank,),
+            "kv_b_proj.weight": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+            "o_proj.weight": (config.hidden_size, heads * config.v_head_dim),
+        }
+        if owns_indexer:
+            shapes |= {f"indexer.{name}": shape for name, shape in Indexer.shapes(config).items()}
+        return shapes
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, weights: Weights, config: DsaConfig, layer_id: int) -> None:
+        """Take the layer's weights."""
+        owns_indexer = config.index_schedule.is_full(layer_id)
+        self._eps = config.rms_norm_eps
+        self._input_norm = weights["input_layernorm.weight"]
+        self._post_norm = weights["post_attention_layernorm.weight"]
+        self.attention = DeepseekV32Attention(weights.below("self_attn"), config, layer_id, owns_indexer)
+        is_dense = config.mlp_layer_types[layer_id] == "dense"
+        self._mlp = MLP(weights.below("mlp")) if is_dense else MoE(weights.below("mlp"), config)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+        selection: IndexSelection | None,
+    ) -> tuple[Tensor, IndexSelection]:
+        """As DeepseekV32Attention, for the whole layer."""
+        attended, selection = self.attention(
+            rms_norm(hidden, self._input_norm, self._eps),
+            rotation=rotation,
+            step=step,
+            attn_backend=attn_backend,
+            caches=caches,
+            selection=selection,
+        )
+        hidden = hidden + attended
+        return hidden + self._mlp(rms_norm(hidden, self._post_norm, self._eps)), selection
+
+    @staticmethod
+    def shapes(config: DsaConfig, layer_id: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights."""
+        attention = DeepseekV32Attention.shapes(config, config.index_schedule.is_full(layer_id))
+        is_dense = config.mlp_layer_types[layer_id] == "dense"
+        mlp = MLP.shapes(config.hidden_size, config.intermediate_size) if is_dense else MoE.shapes(config)
+        return {
+            "input_layernorm.weight": (config.hidden_size,),
+            "post_attention_layernorm.weight": (config.hidden_size,),
+            **{f"self_attn.{name}": shape for name, shape in attention.items()},
+            **{f"mlp.{name}": shape for name, shape in mlp.items()},
+        }
+
+
+class DeepseekV32ForCausalLM:
+    """DeepSeek-V3.2; GLM-5, 5.1 and 5.2 differ in sizes, rotation and schedule only."""
+
+    def __init__(self, config: DsaConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Build the model over loaded weights.
+
+        Args:
+            config: The model.
+            tensors: Every name of `weight_shapes(config)`, float32.
+        """
+        self.config = config
+        self._embed_tokens = tensors["model.embed_tokens.weight"]
+        self._norm = tensors["model.norm.weight"]
+        self._lm_head = self._embed_tokens if config.tie_word_embeddings else tensors["lm_head.weight"]
+        self.layers = [
+            DecoderLayer(Weights(tensors, f"model.layers.{layer}."), config, layer)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self._rotary = RotaryTable(config.rope, config.qk_rope_head_dim)
+
+    def forward(
+        self,
+        *,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+        before_layer: Callable[[int], None] | None = None,
+        on_selection: SelectionObserver | None = None,
+    ) -> Tensor:
+        """Run one step: write the rows' cache entries and compute their hidden states.
+
+        Args:
+            step: The rows.
+            attn_backend: Owner of the cache layout.
+            caches: Cache tensors by (role, layer id), written in place.
+            before_layer: Called with every layer id before the first access to a cache tensor of that layer.
+            on_selection: Called with (layer id, selection of the step's tokens) by every layer that selects.
+
+        Returns:
+            [step.num_tokens, hidden_size] float32, after the final norm.
+        """
+        rotation = self._rotary.lookup(step.positions, step.max_length)
+        hidden = paddle.nn.functional.embedding(step.token_ids, self._embed_tokens)
+        selection: IndexSelection | None = None
+        for layer_id, layer in enumerate(self.layers):
+            if before_layer is not None:
+                before_layer(layer_id)
+            hidden, selection = layer(
+                hidden, rotation=rotation, step=step, attn_backend=attn_backend, caches=caches, selection=selection
+            )
+            if on_selection is not None and layer.attention.indexer is not None:
+                on_selection(layer_id, IndexSelection(*(rows[: step.num_tokens] for rows in selection)))
+        return rms_norm(hidden, self._norm, self.config.rms_norm_eps)[: step.num_tokens]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            hidden: [R, hidden_size] float32, rows of `forward`'s result.
+
+        Returns:
+            [R, vocab_size] float32; a row does not depend on the others.
+        """
+        rows = hidden.shape[0]
+        fill = -rows % ROW_MULTIPLE
+        if fill:
+            hidden = paddle.concat([hidden, paddle.zeros([fill, hidden.shape[1]], dtype=hidden.dtype)])
+        return linear(hidden, self._lm_head)[:rows]
+
+
+def weight_shapes(config: DsaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor the model needs from a checkpoint."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    for layer in range(config.num_hidden_layers):
+        layer_shapes = DecoderLayer.shapes(config, layer)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
+    return shapes
