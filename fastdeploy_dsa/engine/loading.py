@@ -1,0 +1,139 @@
+"""From a model folder to a runner with its cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_manager import CacheConfig, CacheController, HostAllocationFailed
+from fastdeploy_dsa.attention.select import create_attention_backend
+from fastdeploy_dsa.block_copier import PaddleBlockCopier
+from fastdeploy_dsa.cache_layout import CACHE_FORMATS
+from fastdeploy_dsa.config import DsaConfig
+from fastdeploy_dsa.engine.progress import ProgressBar
+from fastdeploy_dsa.engine.runner import ModelRunner
+from fastdeploy_dsa.models import load_model
+from fastdeploy_dsa.ops import CacheFormat, CpuOptions
+
+
+def read_cache_dtype(name: object) -> CacheFormat:
+    """The cache format of a name; "auto" is float32, which the CPU computes in.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name == "auto":
+        return "float32"
+    for cache_format in CACHE_FORMATS:
+        if name == cache_format:
+            return cache_format
+    raise ValueError(f"cache_dtype: expected one of auto, {', '.join(CACHE_FORMATS)}, got {name!r}")
+
+
+def read_model_config(folder: Path, hf_overrides: Mapping[str, Any] | None) -> DsaConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ValueError: The folder does not exist, or the configuration is refused.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model: expected a folder with config.json and safetensors files, got {str(folder)!r}")
+    return DsaConfig.from_pretrained(folder, overrides=hf_overrides)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The cache a runner gets.
+
+    Attributes:
+        cache_dtype: Format of the entries.
+        block_size: Tokens of a block.
+        num_threads: Of the CPU ops; 0 means every processor the process may run on.
+        num_blocks: Blocks; None: as many as memory_bytes holds, but no more than wanted_blocks.
+        memory_bytes: What the cache may take, all layers together.
+        wanted_blocks: Blocks with which nothing ever has to wait.
+        host_bytes: Host memory for blocks that leave the device; 0: there is no such tier.
+    """
+
+    cache_dtype: CacheFormat
+    block_size: int
+    num_threads: int
+    num_blocks: int | None
+    memory_bytes: int = 0
+    wanted_blocks: int = 0
+    host_bytes: int = 0
+
+    def choose_num_blocks(self, bytes_per_block: int) -> int:
+        """Blocks of the cache.
+
+        Raises:
+            ValueError: Not even one fits.
+        """
+        if self.num_blocks is not None:
+            return self.num_blocks
+        if self.memory_bytes < bytes_per_block:
+            raise ValueError(
+                f"cache_memory: expected room for a block of {self.block_size} tokens ({bytes_per_block} bytes), "
+                f"got {self.memory_bytes}"
+            )
+        return min(self.wanted_blocks, self.memory_bytes // bytes_per_block)
+
+    def num_host_blocks(self, bytes_per_block: int) -> int:
+        """Blocks of the host tier.
+
+        Raises:
+            ValueError: There should be some, but not even one fits.
+        """
+        if 0 < self.host_bytes < bytes_per_block:
+            raise ValueError(
+                f"swap_space: expected 0 or room for a block of {self.block_size} tokens ({bytes_per_block} bytes), "
+                f"got {self.host_bytes}"
+            )
+        return self.host_bytes // bytes_per_block
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A runner, and the owner of its cache.
+
+    Attributes:
+        runner: The model with its cache.
+        cache_controller: Has a host tier if one was asked for and could be allocated.
+        num_blocks: Of the cache.
+    """
+
+    runner: ModelRunner
+    cache_controller: CacheController
+    num_blocks: int
+
+
+def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progress: bool | None) -> LoadedModel:
+    """Load the weights and allocate the cache.
+
+    Raises:
+        ValueError: As load_model and create_attention_backend, or the cache or its host tier is too small for a block.
+    """
+    with ProgressBar("loading weights", 1, is_wanted=progress) as bar:
+        model = load_model(folder, config=config, on_tensor=bar.update)
+    cpu = CpuOptions(num_threads=options.num_threads)
+    backend = create_attention_backend(
+        model.config,
+        cache_dtype=options.cache_dtype,
+        block_size=options.block_size,
+        cpu=cpu,
+    )
+    num_layers = model.config.num_hidden_layers
+    bytes_per_block = backend.bytes_per_block(num_layers)
+    num_blocks = options.choose_num_blocks(bytes_per_block)
+    cache_config = CacheConfig(num_layers=num_layers, num_host_blocks=options.num_host_blocks(bytes_per_block))
+    controller = CacheController(cache_config, copier=PaddleBlockCopier(cpu))
+    controller.initialize_kv_cache(backend, num_blocks)
+    try:
+        controller.initialize_host_cache()
+    except HostAllocationFailed as failure:
+        logging.getLogger(__name__).warning("%s; going on without swap_space", failure)
+    runner = ModelRunner(model, backend, controller.caches, block_size=options.block_size)
+    return LoadedModel(runner, controller, num_blocks)

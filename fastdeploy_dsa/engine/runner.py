@@ -1,0 +1,153 @@
+"""Runs the model over the rows of a step and brings the wanted logits to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+from paddle import Tensor
+
+from fastdeploy_dsa.engine.scheduler import Chunk
+from fastdeploy_dsa.ops import IndexSelection
+from fastdeploy_dsa.step import StepMetadata
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Rows of a step on the host.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T] int32.
+        request_ids: [T] int32, line of block_table.
+        block_table: [num_requests, width] int32.
+        logits_rows: [R] int64, the rows whose logits are wanted, ascending.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int32]
+    request_ids: npt.NDArray[np.int32]
+    block_table: npt.NDArray[np.int32]
+    logits_rows: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_chunks(cls, chunks: Sequence[Chunk], block_table: npt.NDArray[np.int32], block_size: int) -> StepInputs:
+        """Rows of scheduled chunks, in their order; logits of every chunk that ends its request's known tokens.
+
+        Args:
+            chunks: At least one.
+            block_table: The scheduler's.
+            block_size: Tokens of a block.
+        """
+        counts = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+        starts = np.array([chunk.request.num_computed for chunk in chunks], np.int64)
+        ends = np.cumsum(counts)
+        lines = np.array([chunk.request.line for chunk in chunks], np.int64)
+        request_ids = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        width = -(-int((starts + counts).max()) // block_size)
+        pieces = [
+            request.tokens[request.num_computed : request.num_computed + num_tokens] for request, num_tokens in chunks
+        ]
+        return cls(
+            token_ids=np.concatenate(pieces),
+            positions=(np.repeat(starts, counts) + offsets).astype(np.int32),
+            request_ids=request_ids,
+            block_table=block_table[lines, :width],
+            logits_rows=ends[[chunk.is_last for chunk in chunks]] - 1,
+        )
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a model and its cache."""
+
+    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
+        """Write the rows' cache entries and return logits of the wanted rows, [R, vocab_size] float32.
+
+        Args:
+            inputs: The rows.
+            before_layer: Called with every layer id before the first access to a cache tensor of that layer; what it
+                raises goes to the caller.
+        """
+
+
+class CausalLM(Protocol):
+    """What the runner needs of a model."""
+
+    def forward(
+        self,
+        *,
+        step: StepMetadata,
+        attn_backend: Any,
+        caches: Mapping[tuple[str, int], Tensor],
+        before_layer: Callable[[int], None] | None = None,
+        on_selection: Callable[[int, IndexSelection], None] | None = None,
+    ) -> Tensor:
+        """Final-normed hidden states of the step's tokens."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of rows of hidden states."""
+
+
+class ModelRunner:
+    """A model with its attention backend and cache."""
+
+    def __init__(
+        self, model: CausalLM, attn_backend: Any, caches: Mapping[tuple[str, int], Tensor], *, block_size: int
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: The model.
+            attn_backend: Its AttentionBackend.
+            caches: Cache tensors by (role, layer id).
+            block_size: Tokens of a cache block.
+        """
+        self._model = model
+        self._attn_backend = attn_backend
+        self._caches = caches
+        self._block_size = block_size
+
+    def run(
+        self,
+        inputs: StepInputs,
+        *,
+        before_layer: Callable[[int], None] | None = None,
+        on_selection: Callable[[int, IndexSelection], None] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Run one step.
+
+        Args:
+            inputs: The rows.
+            before_layer: As StepRunner.run.
+            on_selection: Called with (layer id, selection) by every layer that selects by itself.
+
+        Returns:
+            [R, vocab_size] float32, logits of inputs.logits_rows.
+        """
+        step = StepMetadata.build(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            request_ids=inputs.request_ids,
+            block_table=inputs.block_table,
+            block_size=self._block_size,
+        )
+        with paddle.no_grad():
+            hidden = self._model.forward(
+                step=step,
+                attn_backend=self._attn_backend,
+                caches=self._caches,
+                before_layer=before_layer,
+                on_selection=on_selection,
+            )
+            rows = inputs.logits_rows
+            if len(rows) == 0:  # only unfinished prefill chunks; .shape of an empty gather differs between places
+                return np.empty((0, 0), np.float32)
+            if len(rows) < len(inputs.token_ids):
+                hidden = paddle.index_select(hidden, paddle.to_tensor(rows))
+            logits: npt.NDArray[np.float32] = self._model.compute_logits(hidden).numpy()
+        return logits

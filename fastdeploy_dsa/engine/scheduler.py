@@ -1,0 +1,384 @@
+"""Which tokens run in the next step: continuous batching under a token budget, over a paged cache.
+
+A step holds, in this order,
+
+    decode rows      one token of every running request that has only its newest token left to compute
+    prefill chunks   of running requests with more left, oldest first, as far as the budget goes
+    admissions       waiting requests, oldest first, with their first chunk
+
+A request gets the blocks of all its known tokens when it is admitted, cached ones as far as there are any, so only
+decode rows can find the cache full. Then the youngest running request gives way: it goes to the host if there is room
+and that is cheaper (swap_cost.py), else its blocks are given up and its tokens are computed again later. A request
+whose prefix a running one is just computing waits for it: the tokens are computed once.
+
+Why everything ends: the oldest running request never gives way unless it is alone, and alone every request fits, which
+was checked when it came; and every step computes a token of it, or takes back a load from the host that has failed,
+after which the tokens of that load are computed.
+
+Example: 4 blocks of 2 tokens, a budget of 4 tokens, A has 3 prompt tokens and generates 4, B has 4 and generates 1:
+
+    step  A       B        available after it
+    1     0 1 2   -        2             B needs 2 blocks, and one more must be left for A: it waits
+    2     3       -        2             A's second block is full now
+    3     4       -        1             A takes a third block
+    4     5       -        4             A has its 4 tokens; the last is never computed; full blocks stay cached
+    5             0 1 2 3  4             B needs no further token; it took the free block and A's last one
+"""
+
+# ruff: noqa: S101 - asserts here are for bugs of this file
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_manager import (
+    BlockTable,
+    CacheManager,
+    NoHostTier,
+    OutOfBlocks,
+    TransferFailed,
+    TransferTimeout,
+    WrongState,
+)
+from fastdeploy_dsa.engine.request import Request, SlotLine
+from fastdeploy_dsa.engine.swap_cost import SwapCost
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Limits of a step and of a request.
+
+    Attributes:
+        max_num_batched_tokens: Rows of a step; at least max_num_seqs, so that a prefill gets on beside decode rows.
+        max_num_seqs: Requests that run at a time.
+        max_model_len: Tokens of a request.
+        block_size: Tokens of a block.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: expected max_num_seqs ({self.max_num_seqs}) or more, "
+                f"got {self.max_num_batched_tokens}"
+            )
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+class Chunk(NamedTuple):
+    """The next num_tokens tokens of a request."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step computes all known tokens, so that a new one follows."""
+        return self.request.num_computed + self.num_tokens == self.request.num_tokens
+
+
+@dataclass
+class SchedulerCounts:
+    """Events since the start.
+
+    Attributes:
+        num_computed_tokens: Tokens that the model has computed; a token that is computed again counts again.
+        num_preemptions: Requests that had to give way.
+        num_swap_outs: Those of them that went to the host.
+        num_failed_swap_outs: Those that should have gone there, but the copy failed or took too long.
+        num_failed_loads: Running requests that have to compute what a load from the host should have brought.
+    """
+
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    num_swap_outs: int = 0
+    num_failed_swap_outs: int = 0
+    num_failed_loads: int = 0
+
+
+class Scheduler:
+    """Owns the waiting and the running requests and the block table.
+
+    Attributes:
+        block_table: [max_num_seqs, blocks of max_model_len] int32, blocks by request line; -1 where unused.
+        counts: See SchedulerCounts.
+    """
+
+    def __init__(self, limits: SchedulerLimits, cache: CacheManager, swap_cost: SwapCost) -> None:
+        """Start without requests.
+
+        Args:
+            limits: See SchedulerLimits.
+            cache: The blocks; the scheduler is their only user.
+            swap_cost: Decides whether a request that gives way goes to the host.
+        """
+        self._limits = limits
+        self._cache = cache
+        self._swap_cost = swap_cost
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._free_lines = [SlotLine(line) for line in range(limits.max_num_seqs - 1, -1, -1)]
+        shape = (limits.max_num_seqs, limits.num_blocks(limits.max_model_len))
+        self.block_table: npt.NDArray[np.int32] = np.full(shape, -1, np.int32)
+        self.counts = SchedulerCounts()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks on the device."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; requests come in the order of their numbers.
+
+        Raises:
+            ValueError: `fits` refuses it.
+        """
+        ok, reason = self.fits(request)
+        if not ok:
+            raise ValueError(reason)
+        self._waiting.append(request)
+
+    def fits(self, request: Request) -> tuple[bool, str]:
+        """Whether the request could run if it were alone, and why not."""
+        needed = self._limits.num_blocks(request.max_cached_tokens)
+        return needed <= self._cache.num_blocks, (
+            f"expected a request that fits into the cache of {self._cache.num_blocks} blocks, "
+            f"got {request.num_prompt} + {request.max_tokens} tokens (prompt + max_tokens), which need {needed}"
+        )
+
+    def schedule(self) -> list[Chunk]:
+        """Choose the tokens of the next step and give them blocks.
+
+        Returns:
+            Decode rows first; empty only if no request is left. Nothing counts as computed until `commit`.
+
+        Raises:
+            TransferTimeout: A copy holds blocks without which nothing can run.
+        """
+        self.recover()
+        chunks = self._choose()
+        while self.recover() or self._waits_for_copies(chunks):
+            chunks = self._choose()
+        return chunks
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        """The chunks of `schedule` are computed."""
+        for request, num_tokens in chunks:
+            assert request.table is not None, "a scheduled request has a table"
+            changed = self._cache.commit(request.table, request.tokens[: request.num_computed + num_tokens])
+            self._write_line(request, changed)
+            self.counts.num_computed_tokens += num_tokens
+
+    def recover(self) -> bool:
+        """Take back what running requests were to get from loads that have failed; they compute it instead.
+
+        Returns:
+            Whether there were any: what `schedule` returned is void then.
+        """
+        failed = self._cache.take_failed()
+        for request in [request for request in self._running if request.table in failed]:
+            self.counts.num_failed_loads += 1
+            assert request.table is not None, "a running request has a table"
+            if not request.table.is_on_device:  # it was to come back as a whole
+                self._running.remove(request)
+                self._leave_line(request)
+                self._close(request)
+                insort(self._waiting, request, key=_age)
+        return bool(failed)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, finished or not; its full blocks stay cached."""
+        if request.line is not None:
+            self._running.remove(request)
+            self._leave_line(request)
+        else:
+            self._waiting.remove(request)
+        self._close(request)
+
+    def check_integrity(self) -> None:
+        """Assert that every block is accounted for, and that the block table says what the requests hold."""
+        self._cache.check_integrity()
+        assert len(self._running) + len(self._free_lines) == self._limits.max_num_seqs, "a line is lost"
+        used = 0
+        for request in self._running:
+            assert request.line is not None, "a running request has no line"
+            assert request.table is not None, "a running request has no table"
+            assert request.num_computed < request.num_tokens, "a running request has nothing to compute"
+            blocks = self.block_table[request.line]
+            blocks = blocks[blocks >= 0]
+            # After a failed load the two differ until `recover`.
+            is_equal = blocks.tolist() == request.blocks or request.table.failure is not None
+            assert is_equal, "the block table differs from the request"
+            used += len(blocks)
+        assert int((self.block_table >= 0).sum()) == used, "the block table has entries without a request"
+        assert not any(request.blocks for request in self._waiting), "a waiting request holds blocks on the device"
+        tables = [request.table for request in (*self._running, *self._waiting) if request.table is not None]
+        assert len(tables) == self._cache.stats().num_tables, "a table has no request"
+        for requests in (self._running, self._waiting):
+            ages = [_age(request) for request in requests]
+            assert ages == sorted(ages), "requests are out of order"
+
+    def _choose(self) -> list[Chunk]:
+        chunks = [Chunk(request, 1) for request in self._decode_requests()]
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        for request in self._running:
+            left = request.num_tokens - request.num_computed
+            if left > 1 and budget > 0:
+                chunks.append(Chunk(request, min(left, budget)))
+                budget -= chunks[-1].num_tokens
+        while budget > 0 and self._can_admit() and (admitted := self._admit()) is not None:
+            chunks.append(Chunk(admitted, min(admitted.num_tokens - admitted.num_computed, budget)))
+            budget -= chunks[-1].num_tokens
+        return chunks
+
+    def _waits_for_copies(self, chunks: list[Chunk]) -> bool:
+        """Whether nothing could be chosen because of blocks that loads of requests that are gone still hold."""
+        if chunks or not self._waiting:
+            return False
+        self._cache.drain()
+        assert self._cache.num_available == self._cache.num_blocks, "nothing runs and blocks are missing"
+        return True
+
+    def _decode_requests(self) -> list[Request]:
+        ready = []
+        for request in tuple(self._running):
+            # A request that lost its line gave way to an older one of this loop.
+            if request.line is not None and request.num_tokens - request.num_computed == 1 and self._grow(request):
+                ready.append(request)
+        return ready
+
+    def _grow(self, request: Request) -> bool:
+        """Make room for one more token; False if the request itself had to give way, or its load has just failed."""
+        assert request.table is not None, "a running request has a table"
+        while True:
+            try:
+                changed = self._cache.extend(request.table, request.num_tokens)
+            except OutOfBlocks:
+                youngest = self._running.pop()
+                self._preempt(youngest)
+                if youngest is request:
+                    return False
+            except WrongState:
+                return False
+            else:
+                self._write_line(request, changed)
+                return True
+
+    def _preempt(self, request: Request) -> None:
+        self._leave_line(request)
+        request.num_preemptions += 1
+        self.counts.num_preemptions += 1
+        if not self._swap_out(request):
+            self._close(request)
+        insort(self._waiting, request, key=_age)
+
+    def _swap_out(self, request: Request) -> bool:
+        """Whether the request is on the host now; if not, it must be computed again."""
+        assert request.table is not None, "a running request has a table"
+        num_blocks = self._limits.num_blocks(request.num_computed)
+        has_room, _ = self._cache.can_swap_out(request.table)
+        is_cheaper, _ = self._swap_cost.is_swap_cheaper(num_blocks=num_blocks, num_tokens=request.num_computed)
+        if not has_room or not is_cheaper:
+            return False
+        try:
+            self._cache.swap_out(request.table)
+        except (NoHostTier, OutOfBlocks, WrongState):  # the last one if a load has just failed
+            return False
+        except (TransferFailed, TransferTimeout):
+            self.counts.num_failed_swap_outs += 1
+            return False
+        self.counts.num_swap_outs += 1
+        return True
+
+    def _can_admit(self) -> bool:
+        """An available block is left for every running request: one that gives way at once only wastes its work."""
+        if not self._waiting or not self._free_lines:
+            return False
+        request = self._waiting[0]
+        if request.table is not None:
+            needed = self._limits.num_blocks(request.num_tokens)
+        else:
+            match = self._cache.match(request.known_tokens)
+            if self._is_being_computed(request, match.num_tokens):
+                return False
+            needed = match.num_blocks_needed
+        return needed + len(self._running) <= self._cache.num_available
+
+    def _is_being_computed(self, request: Request, num_hits: int) -> bool:
+        """Whether a running request's prefill will soon let this one skip more tokens than now."""
+        if not self._cache.is_prefix_cached:
+            return False
+        for other in self._running:
+            length = min(request.num_tokens, other.num_prompt)
+            if other.num_computed >= length or length - self._limits.block_size < num_hits:
+                continue
+            differences = np.flatnonzero(request.tokens[:length] != other.tokens[:length])
+            common = int(differences[0]) if len(differences) else length
+            common -= common % self._limits.block_size
+            if other.num_computed < common and min(common, request.num_tokens - 1) > num_hits:
+                return True
+        return False
+
+    def _admit(self) -> Request | None:
+        """The oldest waiting request, running now; None if a load that ended meanwhile has taken its blocks away."""
+        request = self._waiting[0]
+        try:
+            if request.table is None:
+                request.table = self._open(request)
+            else:
+                self._cache.swap_in(request.table, num_tokens=request.num_tokens)
+        except OutOfBlocks:
+            return None
+        self._waiting.popleft()
+        request.line = self._free_lines.pop()
+        insort(self._running, request, key=_age)
+        self._write_line(request, 0)
+        return request
+
+    def _open(self, request: Request) -> BlockTable:
+        tokens = request.known_tokens
+        try:
+            return self._cache.open(tokens)
+        except TransferFailed:
+            # Only the last block of a prompt that is cached as a whole is copied; without it there is nothing to copy.
+            last = (len(tokens) - 1) // self._limits.block_size * self._limits.block_size
+            return self._cache.open(tokens[: last + 1], num_tokens=len(tokens))
+
+    def _write_line(self, request: Request, first: int) -> None:
+        """Take over the table's blocks from index first on."""
+        changed = request.blocks[first:]
+        if changed:
+            self.block_table[request.line, first : first + len(changed)] = changed
+
+    def _leave_line(self, request: Request) -> None:
+        assert request.line is not None, "only a running request has a line"
+        self.block_table[request.line] = -1
+        self._free_lines.append(request.line)
+        request.line = None
+
+    def _close(self, request: Request) -> None:
+        if request.table is not None:
+            self._cache.close(request.table)
+            request.table = None
+
+
+def _age(request: Request) -> int:
+    return request.number or 0
