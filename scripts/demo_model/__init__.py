@@ -1,0 +1,1 @@
+"""The demo model: its text, its tasks, its PyTorch definition and its training."""
