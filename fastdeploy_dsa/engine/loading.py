@@ -40,7 +40,10 @@ def read_model_config(folder: Path, hf_overrides: Mapping[str, Any] | None) -> D
         ValueError: The folder does not exist, or the configuration is refused.
     """
     if not folder.is_dir():
-        raise ValueError(f"model: expected a folder with config.json and safetensors files, got {str(folder)!r}")
+        raise ValueError(
+            "model: expected a folder with config.json and safetensors files (nothing is downloaded), "
+            f"got {str(folder)!r}"
+        )
     return DsaConfig.from_pretrained(folder, overrides=hf_overrides)
 
 

@@ -168,7 +168,11 @@ def test_the_time_split_covers_the_steps(llm: LLM) -> None:
     [
         ([""], "prompts[0]: expected text or token ids, got an empty prompt"),
         (["a", []], "prompts[1]: expected at least one token id, got an empty sequence"),
-        ([1, 2], "prompts[0]: expected text or a sequence of token ids, got 1"),
+        (
+            [1, 2],
+            "prompts[0]: expected text or a sequence of token ids, got 1; "
+            "token ids of one prompt go into a list of their own",
+        ),
         (5, "prompts: expected a string or a sequence of prompts, got int"),
         ([None], "prompts[0]: expected text or a sequence of token ids, got None"),
         ([b"bytes"], "prompts[0]: expected text or a sequence of token ids, got b'bytes'"),
