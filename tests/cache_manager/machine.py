@@ -210,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.manager.num_blocks == num_blocks
             self.count("resized")
 
-    @rule(is_meant=st.sampled_from([False] * 7 + [True]))
+    @rule(is_meant=st.sampled_from([False] * 3 + [True]))
     def reset(self, is_meant: bool) -> None:
         if is_meant:
             self.manager.reset()
@@ -367,6 +367,7 @@ def run_steps(num_steps: int, *, num_runs: int, steps_per_run: int, on_progress:
         stateful_step_count=steps_per_run,
         deadline=None,
         database=None,
+        derandomize=False,  # where CI is set hypothesis would repeat the same runs until the steps are full
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate,),
     )
