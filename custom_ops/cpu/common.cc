@@ -2,6 +2,30 @@
 
 #include "dispatch.h"
 
+/* Defined for a library with the CUDA kernels; this file itself is C++ all the same. */
+#if defined(DSA_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+int32_t dsa_has_cuda(void) {
+#if defined(DSA_WITH_CUDA)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static constexpr int32_t kLastCudaError = 999; /* cudaErrorUnknown */
+
+static const char* cuda_error_text(int32_t error) {
+#if defined(DSA_WITH_CUDA)
+    return cudaGetErrorString((cudaError_t)error);
+#else
+    (void)error;
+    return "CUDA error";
+#endif
+}
+
 const char* dsa_status_text(dsa_status status) {
     switch (status) {
         case DSA_OK: return "ok";
@@ -9,9 +33,11 @@ const char* dsa_status_text(dsa_status status) {
         case DSA_BAD_SHAPE: return "a size is out of range or does not fit the others";
         case DSA_BAD_FORMAT: return "a number format this op does not take";
         case DSA_WORKSPACE_TOO_SMALL: return "the workspace is too small";
-        case DSA_UNSUPPORTED: return "not supported on this processor";
-        default: return "unknown status";
+        case DSA_UNSUPPORTED: return "not supported on this device";
+        default: break;
     }
+    const int32_t error = status - DSA_CUDA_ERROR;
+    return error > 0 && error <= kLastCudaError ? cuda_error_text(error) : "unknown status";
 }
 
 dsa_isa dsa_cpu_isa(void) {

@@ -1,7 +1,8 @@
 /* Copy whole cache blocks between two arenas (or inside one), in place at the destination.
  *
  *   for i in 0 .. num_copies:  dst block dst_block_ids[i] := src block src_block_ids[i]      block_bytes bytes each
- *   A pair with an id outside its arena: DSA_BAD_SHAPE, and nothing was copied.
+ *   A pair with an id outside its arena: DSA_BAD_SHAPE, and nothing was copied; on CUDA that pair alone is skipped.
+ *   CUDA: either arena may be page-locked host memory; the ids are read on the device.
  *   A block may not be a destination twice, nor source of one pair and destination of another when both arenas are
  *   the same: the order of copies is not defined.
  */
@@ -29,6 +30,7 @@ typedef struct dsa_block_copy_params {
 
 DSA_API size_t dsa_block_copy_params_size(void);
 DSA_API dsa_status dsa_block_copy_cpu(const dsa_block_copy_params* params, const dsa_cpu_options* options);
+DSA_API dsa_status dsa_block_copy_cuda(const dsa_block_copy_params* params, void* stream);
 
 #ifdef __cplusplus
 }

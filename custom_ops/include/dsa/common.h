@@ -1,10 +1,17 @@
-/* Types shared by every op of the C ABI: status, number formats, CPU execution options.
+/* Types shared by every op of the C ABI: status, number formats, CPU execution options; rules of all headers.
  *
  * Conventions of all headers in this folder
  *   - Every pointer is followed by its shape and dtype; strides are in elements unless the name says bytes.
  *   - An op is called as dsa_<op>_cpu(params, options) or dsa_<op>_cuda(params, stream).
  *   - An op allocates nothing, prints nothing, throws nothing and keeps no state. Scratch memory is the caller's:
- *     dsa_<op>_workspace_bytes says how much; both calls must get the same params and options.
+ *     dsa_<op>_workspace_bytes (CPU) or dsa_<op>_cuda_workspace_bytes says how much; both calls must get the same
+ *     params and options.
+ *   - CUDA: every pointer inside params is memory that the stream's device can read, params itself is host memory and
+ *     not needed after the call. The call only enqueues: it never waits for the device, and may be captured in a
+ *     graph. The workspace needs no preparation and may serve the next call on the same stream.
+ *     The device reads values inside arrays (ids, lengths, counts) too late for a status: each header says what a wrong
+ *     value does on CUDA; it never makes a kernel touch memory outside the arrays.
+ *   - Functions ending in _cuda exist only in a library built with CUDA: dsa_has_cuda().
  *   - dsa_<op>_params_size() is sizeof of the params struct; bindings in other languages compare it when they load.
  *   - Counts and widths are at most INT32_MAX, and the bytes of every array fit int64: else DSA_BAD_SHAPE.
  *   - Packed e4m3 numbers are uint8_t, packed bfloat16 numbers are uint16_t.
@@ -33,7 +40,8 @@ enum {
     DSA_BAD_SHAPE = 2,           /* a size is negative, zero where that has no meaning, or inconsistent */
     DSA_BAD_FORMAT = 3,          /* an unknown number format, or one this op does not take */
     DSA_WORKSPACE_TOO_SMALL = 4, /* workspace_bytes is below dsa_<op>_workspace_bytes */
-    DSA_UNSUPPORTED = 5          /* valid, but not implemented for this device or instruction set */
+    DSA_UNSUPPORTED = 5,         /* valid, but not implemented for this device or instruction set */
+    DSA_CUDA_ERROR = 1000        /* DSA_CUDA_ERROR + cudaError_t: the CUDA runtime refused or failed */
 };
 
 /* Static text for a status; "unknown status" for any other number. */
@@ -61,6 +69,9 @@ enum {
     DSA_ISA_AVX512 = 3,    /* AVX-512 F, BW, DQ, VL */
     DSA_ISA_AVX512_BF16 = 4 /* the above + AVX512_BF16 */
 };
+
+/* 1 if this library contains the _cuda functions, else 0. Whether a GPU is there is another question. */
+DSA_API int32_t dsa_has_cuda(void);
 
 /* The best level this processor has; never DSA_ISA_AUTO. */
 DSA_API dsa_isa dsa_cpu_isa(void);

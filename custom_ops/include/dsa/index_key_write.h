@@ -33,6 +33,7 @@ typedef struct dsa_index_key_write_params {
 
 DSA_API size_t dsa_index_key_write_params_size(void);
 DSA_API dsa_status dsa_index_key_write_cpu(const dsa_index_key_write_params* params, const dsa_cpu_options* options);
+DSA_API dsa_status dsa_index_key_write_cuda(const dsa_index_key_write_params* params, void* stream);
 
 #ifdef __cplusplus
 }

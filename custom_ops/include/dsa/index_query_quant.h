@@ -35,6 +35,7 @@ typedef struct dsa_index_query_quant_params {
 DSA_API size_t dsa_index_query_quant_params_size(void);
 DSA_API dsa_status dsa_index_query_quant_cpu(const dsa_index_query_quant_params* params,
                                              const dsa_cpu_options* options);
+DSA_API dsa_status dsa_index_query_quant_cuda(const dsa_index_query_quant_params* params, void* stream);
 
 #ifdef __cplusplus
 }

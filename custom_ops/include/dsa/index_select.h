@@ -1,5 +1,6 @@
 /* indexer_logits followed by topk_slots, row block by row block, so that the scores of at most max_logits_bytes exist
- * at a time. Results are bit for bit those of the two ops; rows with lengths[t] <= topk are never scored.
+ * at a time. Results are bit for bit those of the two ops; rows with lengths[t] <= topk are never scored. Wrong values
+ * on CUDA: as the two ops.
  *
  * Source: rules S51 to S56 and S61 of the DSA data flow.
  */
@@ -42,6 +43,8 @@ DSA_API size_t dsa_index_select_params_size(void);
 DSA_API size_t dsa_index_select_workspace_bytes(const dsa_index_select_params* params,
                                                 const dsa_cpu_options* options);
 DSA_API dsa_status dsa_index_select_cpu(const dsa_index_select_params* params, const dsa_cpu_options* options);
+DSA_API size_t dsa_index_select_cuda_workspace_bytes(const dsa_index_select_params* params);
+DSA_API dsa_status dsa_index_select_cuda(const dsa_index_select_params* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -26,7 +26,8 @@ typedef struct dsa_indexer_logits_params {
     const int32_t* block_table;  /* [num_requests, max_blocks] int32, contiguous */
     const int32_t* request_ids;  /* [num_tokens] int32: row of block_table; rows with length 0 may hold anything */
     const int32_t* lengths;      /* [num_tokens] int32: visible keys; values <= 0 mean none; at most logits_width and
-                                    max_blocks * block_size (more is DSA_BAD_SHAPE on the CPU) */
+                                    max_blocks * block_size (more is DSA_BAD_SHAPE on the CPU, clamped
+                                    on CUDA; there a wrong request id makes every score NaN) */
     float* logits;               /* [num_tokens, logits_width] float32, row stride logits_stride */
     void* workspace;             /* workspace_bytes, 64-byte aligned */
     size_t workspace_bytes;
@@ -47,6 +48,8 @@ DSA_API size_t dsa_indexer_logits_params_size(void);
 DSA_API size_t dsa_indexer_logits_workspace_bytes(const dsa_indexer_logits_params* params,
                                                   const dsa_cpu_options* options);
 DSA_API dsa_status dsa_indexer_logits_cpu(const dsa_indexer_logits_params* params, const dsa_cpu_options* options);
+DSA_API size_t dsa_indexer_logits_cuda_workspace_bytes(const dsa_indexer_logits_params* params);
+DSA_API dsa_status dsa_indexer_logits_cuda(const dsa_indexer_logits_params* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -37,6 +37,7 @@ typedef struct dsa_mla_cache_write_params {
 
 DSA_API size_t dsa_mla_cache_write_params_size(void);
 DSA_API dsa_status dsa_mla_cache_write_cpu(const dsa_mla_cache_write_params* params, const dsa_cpu_options* options);
+DSA_API dsa_status dsa_mla_cache_write_cuda(const dsa_mla_cache_write_params* params, void* stream);
 
 #ifdef __cplusplus
 }

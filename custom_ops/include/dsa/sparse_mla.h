@@ -4,7 +4,11 @@
  *   z_i = softmax_scale * (query[t][h] . row_i);  m = max z;  l = sum exp(z_i - m)
  *   out[t][h] = sum_i exp(z_i - m) / l * row_i[0 .. kv_lora_rank);  lse[t][h] = m + ln l          float32 sums
  *   No id: out = 0 and lse = -inf. Repeated ids count repeatedly.
- *   The order of the sums depends on the row's valid ids only, never on num_tokens or on the row's neighbours.
+ *   The order of the sums depends on the row's valid ids only, never on num_tokens or on the row's neighbours. On CUDA
+ *   it depends on the row's slot_ids and count, and on the kernel, which is chosen by num_tokens, num_heads and topk
+ *   unless batch_invariant is set (rules S72, S73).
+ *   CUDA, bfloat16 queries over an fp8 cache: exp(z_i - m) enters the sum of out rounded to bfloat16; all sums are
+ *   float32. Elsewhere everything is float32.
  *
  * Cost per row: counts * num_heads * 2 * (2 * kv_lora_rank + qk_rope_head_dim) FLOP, counts * row bytes read.
  * Source: DeepSeek-V3.2 technical report, rules S67 to S73 of the DSA data flow.
@@ -23,7 +27,7 @@ typedef struct dsa_sparse_mla_params {
     const uint8_t* latent_cache; /* [num_blocks, block_size, row] cache_format, see cache_layout.h */
     const int32_t* slot_ids;     /* [num_tokens, topk] int32, contiguous; ids outside the cache are skipped */
     const int32_t* counts;       /* [num_tokens] int32: leading ids to look at, 0 .. topk (else DSA_BAD_SHAPE on
-                                    the CPU); may be null: topk for every row */
+                                    the CPU, clamped on CUDA); may be null: topk for every row */
     void* out;                   /* [num_tokens, num_heads, kv_lora_rank] query_format, contiguous */
     float* lse;                  /* [num_tokens, num_heads] float32, natural logarithm; may be null */
     void* workspace;             /* workspace_bytes, 64-byte aligned */
@@ -37,6 +41,7 @@ typedef struct dsa_sparse_mla_params {
     int32_t qk_rope_head_dim;
     int32_t topk; /* width of slot_ids, >= 1 */
     float softmax_scale;
+    int32_t batch_invariant; /* CUDA: not 0 asks for the one kernel that serves any num_tokens; no meaning on the CPU */
     dsa_format query_format; /* DSA_FLOAT32 or DSA_BFLOAT16 */
     dsa_format cache_format;
 } dsa_sparse_mla_params;
@@ -44,6 +49,8 @@ typedef struct dsa_sparse_mla_params {
 DSA_API size_t dsa_sparse_mla_params_size(void);
 DSA_API size_t dsa_sparse_mla_workspace_bytes(const dsa_sparse_mla_params* params, const dsa_cpu_options* options);
 DSA_API dsa_status dsa_sparse_mla_cpu(const dsa_sparse_mla_params* params, const dsa_cpu_options* options);
+DSA_API size_t dsa_sparse_mla_cuda_workspace_bytes(const dsa_sparse_mla_params* params);
+DSA_API dsa_status dsa_sparse_mla_cuda(const dsa_sparse_mla_params* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@
  *                    -1 where p is -1 or its block id is outside the cache
  *   lengths[t] <= topk: the row is 0, 1, .. lengths[t] - 1 and the logits are not read.
  *   Columns from lengths[t] on are never read.
+ *   CUDA: longer lengths are clamped; a wrong request id makes every slot id of the row -1.
  *
  * Source: rules S34 to S39 and S64 of the DSA data flow.
  */
@@ -42,6 +43,8 @@ typedef struct dsa_topk_slots_params {
 DSA_API size_t dsa_topk_slots_params_size(void);
 DSA_API size_t dsa_topk_slots_workspace_bytes(const dsa_topk_slots_params* params, const dsa_cpu_options* options);
 DSA_API dsa_status dsa_topk_slots_cpu(const dsa_topk_slots_params* params, const dsa_cpu_options* options);
+DSA_API size_t dsa_topk_slots_cuda_workspace_bytes(const dsa_topk_slots_params* params);
+DSA_API dsa_status dsa_topk_slots_cuda(const dsa_topk_slots_params* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,27 @@
+/* What a library without code for 90a has in place of the kernels that are for Hopper alone. Nobody asks for them there:
+ * Device::has_hopper_instructions is false. */
+#if defined(DSA_HAS_SM90) && !DSA_HAS_SM90
+
+#include "indexer_logits_kernels.h"
+#include "sparse_mla_kernels.h"
+
+namespace dsa {
+namespace gpu {
+
+dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params&, const Device&, int64_t, cudaStream_t) {
+    return DSA_UNSUPPORTED;
+}
+
+dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params&, const Device&, cudaStream_t) { return DSA_UNSUPPORTED; }
+
+const char* indexer_logits_sm90_refusal(const dsa_indexer_logits_params&) { return "no code for this device"; }
+
+dsa_status indexer_logits_sm90(const dsa_indexer_logits_params&, const IndexerLogitsArguments&, const Device&,
+                               cudaStream_t) {
+    return DSA_UNSUPPORTED;
+}
+
+}  // namespace gpu
+}  // namespace dsa
+
+#endif

@@ -1,0 +1,241 @@
+#include "dsa/topk_slots.h"
+
+#include <math.h>
+
+#include "launch.h"
+#include "sizes.h"
+#include "topk_sampled.cuh"
+
+namespace dsa {
+namespace gpu {
+namespace {
+
+using topk::Problem;
+using topk::Room;
+
+constexpr int64_t kBytesAhead = 16 << 20; /* of all CTAs together in L2 */
+constexpr int32_t kLeastCapacity = 1024;
+constexpr int32_t kUsualCtasPerRow = 8; /* what a cluster may have everywhere */
+constexpr int32_t kLeastPartLength = 1024;
+constexpr int32_t kLongLength = 32768;
+constexpr int32_t kTileLength = 8192; /* of 512 threads */
+constexpr int32_t kFewRows = 4;       /* as many as have clusters of 16 CTAs side by side everywhere */
+
+#ifdef DSA_TOPK_TUNING
+int g_ctas = 0, g_threads = 0, g_overlap = 0, g_path = 0, g_capacity = 0;
+long long* g_marks = nullptr;
+#endif
+
+dsa_status check(const dsa_topk_slots_params& p) {
+    if (p.topk < 1 || !is_count(p.logits_width) || !is_count(p.num_tokens)) return DSA_BAD_SHAPE;
+    if (!product_fits(p.num_tokens, p.topk, (int64_t)sizeof(int32_t))) return DSA_BAD_SHAPE;
+    if (!rows_fit(p.num_tokens, p.logits_stride, p.logits_width)) return DSA_BAD_SHAPE;
+    if (p.num_tokens > 0 && (!p.positions || !p.slot_ids || !p.counts)) return DSA_NULL_POINTER;
+    if (p.num_tokens > 0 && p.logits_width > 0 && !p.logits) return DSA_NULL_POINTER;
+    if (!is_count(p.num_requests) || p.block_size <= 0 || !is_count(p.max_blocks)) return DSA_BAD_SHAPE;
+    if (!product_fits(p.num_requests, p.max_blocks, (int64_t)sizeof(int32_t))) return DSA_BAD_SHAPE;
+    if (p.num_blocks < 0 || p.num_blocks > INT32_MAX / p.block_size) return DSA_BAD_SHAPE;
+    if (p.num_tokens > 0 && (!p.request_ids || !p.lengths)) return DSA_NULL_POINTER;
+    if (p.num_requests > 0 && p.max_blocks > 0 && !p.block_table) return DSA_NULL_POINTER;
+    return DSA_OK;
+}
+
+Problem problem_of(const dsa_topk_slots_params& p) {
+    Problem problem = {};
+    problem.logits = p.logits;
+    problem.lengths = p.lengths;
+    problem.block_table = p.block_table;
+    problem.request_ids = p.request_ids;
+    problem.positions = p.positions;
+    problem.slot_ids = p.slot_ids;
+    problem.counts = p.counts;
+    problem.logits_stride = p.num_tokens > 1 ? p.logits_stride : 0;
+    const int64_t capacity = p.max_blocks * p.block_size;
+    problem.max_length = (int32_t)(p.logits_width < capacity ? p.logits_width : capacity);
+    problem.num_requests = (int32_t)p.num_requests;
+    problem.max_blocks = (int32_t)p.max_blocks;
+    problem.num_blocks = (int32_t)p.num_blocks;
+    problem.block_size = p.block_size;
+    problem.topk = p.topk;
+    int32_t log2 = 0;
+    while (((int64_t)1 << log2) < p.block_size) ++log2;
+    problem.block_size_shift = 31 + log2;
+    problem.block_size_inverse = (uint32_t)(((uint64_t)1 << problem.block_size_shift) / (uint32_t)p.block_size + 1);
+    problem.ctas_per_row = 1;
+    /* Rows that start on 16 bytes fill vectors from their first score on. */
+    problem.is_aligned = (uintptr_t)p.logits % 16 == 0 && problem.logits_stride % 4 == 0;
+#ifdef DSA_TOPK_TUNING
+    problem.marks = g_marks;
+#endif
+    return problem;
+}
+
+/* As many CTAs as keep every multiprocessor busy, and no part too short to be worth one. */
+int32_t ctas_per_row(const Device& device, int64_t num_rows, int32_t length) {
+    if (!device.has_hopper_instructions) return 1;
+#ifdef DSA_TOPK_TUNING
+    if (g_ctas) return g_ctas;
+#endif
+    int32_t ctas = 1;
+    while (ctas < kUsualCtasPerRow && length / (2 * ctas) >= kLeastPartLength) {
+        /* Clusters of four and more leave some multiprocessors of a group unused. */
+        const int32_t usable = ctas == 1 ? device.num_multiprocessors : device.num_multiprocessors * 10 / 11;
+        if (2 * ctas * num_rows > usable) break;
+        ctas *= 2;
+    }
+    if (num_rows <= kFewRows && length > kTileLength * ctas) ctas *= 2;
+    return ctas;
+}
+
+template <typename... Params>
+dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, int32_t cluster, int32_t shared_bytes,
+                  const Device& device, cudaStream_t stream, const Params&... params) {
+    if (shared_bytes > 0)
+        if (const dsa_status status = allow_shared_bytes(kernel, shared_bytes)) return status;
+    if (cluster > 8) {
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (error != cudaSuccess) return status_of(error);
+    }
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)num_ctas);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = (unsigned)cluster;
+        attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+        ++config.numAttrs;
+    }
+    bool overlaps = true;
+#ifdef DSA_TOPK_TUNING
+    overlaps = g_overlap < 3;
+#endif
+    if (overlaps && device.has_hopper_instructions) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        ++config.numAttrs;
+    }
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params...);
+    if (error != cudaSuccess) return status_of(error);
+    return launched(stream);
+}
+
+dsa_status launch_digits(const Problem& p, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    if (p.ctas_per_row > 1)
+        return launch(topk::topk_digits_kernel<1024, true>, num_rows * p.ctas_per_row, 1024, p.ctas_per_row, 0, device,
+                      stream, p);
+    return launch(topk::topk_digits_kernel<1024, false>, num_rows, 1024, 1, 0, device, stream, p);
+}
+
+/* Uncertain scores of a row of the longest length, 3.5 standard deviations above their expected number. */
+int32_t uncertain_scores(const Problem& p) {
+    const double each = (double)p.max_length / topk::kSamples;
+    const double expected = p.topk / each, margin = 4 * sqrt(expected) + 4;
+    const bool has_sure = expected > margin + 1;
+    const double ranks = has_sure ? 2 * margin + 1 : expected + margin;
+    return (int32_t)(each * (ranks + 3.5 * sqrt(has_sure ? 2 * expected : ranks))) + 64;
+}
+
+int32_t round_up(int64_t number, int32_t multiple) { return (int32_t)((number + multiple - 1) / multiple * multiple); }
+
+template <int kThreads, int kVectors, bool kClustered, int kCtas>
+dsa_status launch_sampled(Problem p, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    const int32_t part = round_up(p.max_length / p.ctas_per_row + 64, 4 * kVectors * kThreads);
+    Room room = {};
+    room.bits = part / 32;
+    room.capacity = round_up(uncertain_scores(p), 32);
+    const int32_t entries = part / p.block_size + 2;
+    room.table = round_up(entries < topk::kMaxTableEntries ? entries : topk::kMaxTableEntries, 4);
+    room.staged = kClustered ? 0 : round_up(p.topk, 4);
+    room.gathered = kClustered ? (int32_t)topk::kGatheredKeys : 0;
+#ifdef DSA_TOPK_TUNING
+    if (g_capacity) room.capacity = g_capacity;
+#endif
+    const int32_t fixed = (int32_t)sizeof(topk::SampledShared) + 4 * (room.bits + room.table + room.staged + room.gathered);
+    const int32_t affordable = (device.max_shared_bytes - fixed) / 8 & ~31;
+    if (affordable < room.capacity) room.capacity = affordable;
+    if (room.capacity < kLeastCapacity) return launch_digits(p, num_rows, device, stream);
+    const int64_t resident = (int64_t)device.num_multiprocessors * kCtas;
+    const int64_t num_ctas = num_rows * p.ctas_per_row;
+    p.vectors_ahead = (int32_t)(kBytesAhead / 16 / (num_ctas < resident ? num_ctas : resident));
+#ifdef DSA_TOPK_TUNING
+    if (g_path == 4) p.vectors_ahead = 0;
+    if (g_path == 5) p.vectors_ahead /= 2;
+    if (g_path == 6) p.vectors_ahead *= 2;
+#endif
+    /* Bytes: 4 a score once, 8 a kept position. */
+    return launch(topk::topk_sampled_kernel<kThreads, kVectors, kClustered, kCtas>, num_rows * p.ctas_per_row, kThreads, p.ctas_per_row,
+                  fixed + 8 * room.capacity, device, stream, p, room);
+}
+
+template <int kThreads, int kVectors>
+dsa_status launch_short(const Problem& p, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    const int32_t staged = round_up(p.topk < p.max_length ? p.topk : p.max_length, 4);
+    return launch(topk::topk_short_kernel<kThreads, kVectors>, num_rows, kThreads, 1, 4 * staged, device, stream, p);
+}
+
+/* Scores that fit a tile. */
+int32_t short_length(const Problem& p, int32_t vectors) { return 4 * vectors - (p.is_aligned ? 0 : 3); }
+
+dsa_status select(const Problem& problem, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    Problem p = problem;
+    int path = 0;
+    int threads = 0;
+#ifdef DSA_TOPK_TUNING
+    path = g_path;
+    threads = g_threads;
+    p.lets_next_start = g_overlap < 2;
+#endif
+    if (path == 0 || path == 3) {
+        if (p.max_length <= short_length(p, 1024)) {
+            if (threads == 0) threads = num_rows > 2 * device.num_multiprocessors ? 256 : 512;
+            if (threads == 256) return launch_short<256, 4>(p, num_rows, device, stream);
+            return launch_short<512, 2>(p, num_rows, device, stream);
+        }
+        if (p.max_length <= short_length(p, 2048)) return launch_short<512, 4>(p, num_rows, device, stream);
+        if (path == 3 && p.max_length <= short_length(p, 4096)) return launch_short<1024, 4>(p, num_rows, device, stream);
+    }
+    p.ctas_per_row = ctas_per_row(device, num_rows, p.max_length);
+    while (1 << p.ctas_per_row_log2 < p.ctas_per_row) ++p.ctas_per_row_log2;
+    const bool clustered = p.ctas_per_row > 1;
+    if (path == 2 || p.topk > topk::kMaxCandidateTopk) return launch_digits(p, num_rows, device, stream);
+    if (threads == 0)
+        threads = num_rows * p.ctas_per_row <= device.num_multiprocessors ? 512 : p.max_length < kLongLength ? 256 : 257;
+    if (clustered && p.max_length <= 4096 * p.ctas_per_row && threads != 514)
+        return launch_sampled<512, 2, true, 1>(p, num_rows, device, stream);
+    if (clustered) return launch_sampled<512, 4, true, 1>(p, num_rows, device, stream);
+    if (threads == 256) return launch_sampled<256, 4, false, 4>(p, num_rows, device, stream);
+    if (threads == 257) return launch_sampled<256, 4, false, 3>(p, num_rows, device, stream);
+    return launch_sampled<512, 4, false, 1>(p, num_rows, device, stream);
+}
+
+}  // namespace
+}  // namespace gpu
+}  // namespace dsa
+
+size_t dsa_topk_slots_cuda_workspace_bytes(const dsa_topk_slots_params*) { return 0; }
+
+dsa_status dsa_topk_slots_cuda(const dsa_topk_slots_params* params, void* stream) {
+    if (!params) return DSA_NULL_POINTER;
+    if (const dsa_status status = dsa::gpu::check(*params)) return status;
+    if (params->num_tokens == 0) return DSA_OK;
+    dsa::gpu::Device device;
+    if (const dsa_status status = dsa::gpu::device(&device)) return status;
+    return dsa::gpu::select(dsa::gpu::problem_of(*params), params->num_tokens, device, (cudaStream_t)stream);
+}
+
+#ifdef DSA_TOPK_TUNING
+extern "C" __attribute__((visibility("default"))) void set_marks(void* marks) {
+    dsa::gpu::g_marks = (long long*)marks;
+}
+extern "C" __attribute__((visibility("default"))) void tune(int ctas, int threads, int overlap, int path, int capacity) {
+    dsa::gpu::g_ctas = ctas;
+    dsa::gpu::g_threads = threads;
+    dsa::gpu::g_overlap = overlap;
+    dsa::gpu::g_path = path;
+    dsa::gpu::g_capacity = capacity;
+}
+#endif
