@@ -1,4 +1,4 @@
-/* What every Paddle binding shares: checks that name the tensor, formats, scratch memory, errors.
+/* What every Paddle binding shares: checks that name the tensor, formats, devices, scratch memory, errors.
  *
  * A binding turns tensors into a params struct and calls the op; it computes nothing. Paddle has made every input
  * contiguous before we see it, so strides follow from shapes. (That is also why fastdeploy_dsa/ops refuses in-place
@@ -67,12 +67,46 @@ static inline std::string describe(const Tensor& tensor) {
     return text + "]";
 }
 
-static inline void expect_on_cpu(const char* argument, const Tensor& tensor) {
-    if (!tensor.defined()) refuse(std::string(argument) + ": expected a tensor, got none");
-    if (tensor.is_cpu()) return;
-    refuse(std::string(argument) + ": expected a tensor on the CPU, because GPU kernels are not built, got one on " +
-           tensor.place().DebugString());
-}
+#if defined(DSA_WITH_CUDA)
+constexpr bool kHasCuda = true;
+#define DSA_ON_CUDA(function) function
+#else
+constexpr bool kHasCuda = false;
+#define DSA_ON_CUDA(function) nullptr
+#endif
+
+/* Paddle's current stream on the device of a tensor; see stream.cc. */
+void* stream_of(const Tensor& tensor);
+
+/* Where a call runs: where its first tensor lies, and all others must lie there, too.
+ *
+ * "Not on the CPU" stands for CUDA: GPUs that come to Paddle as a plugin have a place of their own kind.
+ */
+class Device {
+  public:
+    void expect(const char* argument, const Tensor& tensor) {
+        if (!tensor.defined()) refuse(std::string(argument) + ": expected a tensor, got none");
+        if (!kHasCuda && !tensor.is_cpu()) {
+            refuse(std::string(argument) + ": expected a tensor on the CPU, because GPU kernels are not built, " +
+                   "got one on " + tensor.place().DebugString());
+        }
+        if (!first_) {
+            first_ = &tensor;
+            first_argument_ = argument;
+        } else if (tensor.place() != first_->place()) {
+            refuse(std::string(argument) + ": expected a tensor on " + first_->place().DebugString() + " like " +
+                   first_argument_ + ", got one on " + tensor.place().DebugString());
+        }
+    }
+
+    bool is_cpu() const { return first_->is_cpu(); }
+    const phi::Place& place() const { return first_->place(); }
+    void* stream() const { return stream_of(*first_); }
+
+  private:
+    const Tensor* first_ = nullptr;
+    const char* first_argument_ = nullptr;
+};
 
 /* One size of an expected shape: a number, or a name that means the same number in every tensor of the call. */
 struct Size {
@@ -83,7 +117,8 @@ struct Size {
     Size(int fixed) : name(nullptr), value(fixed) {}
 };
 
-/* Checks tensors against shapes with named sizes. The first tensor that shows a name fixes its number.
+/* Checks tensors against shapes with named sizes. The first tensor that shows a name fixes its number, and the very
+ * first one the device.
  *
  *   Shapes shapes;
  *   shapes.expect("latent", latent, {DataType::FLOAT32}, {"num_tokens", "kv_lora_rank"});
@@ -92,9 +127,11 @@ struct Size {
  */
 class Shapes {
   public:
+    Device device;
+
     void expect(const char* argument, const Tensor& tensor, std::initializer_list<DataType> dtypes,
                 std::initializer_list<Size> shape) {
-        expect_on_cpu(argument, tensor);
+        device.expect(argument, tensor);
         if (!accepts(tensor, dtypes, shape)) {
             refuse(std::string(argument) + ": expected " + expectation(dtypes, shape) + ", got " + describe(tensor));
         }
@@ -209,9 +246,9 @@ static inline int64_t block_bytes(const Tensor& cache) {
 static inline void expect_latent_cache(Shapes* shapes, const char* argument, const Tensor& cache,
                                        int32_t kv_lora_rank, int32_t qk_rope_head_dim) {
     shapes->expect(argument, cache, {DataType::UINT8, DataType::BFLOAT16, DataType::FLOAT32},
-                   {"num_blocks", 1, "block_size", "row"});
+                   {"num_blocks", 1, "block_size", "latent_row"});
     shapes->positive("block_size");
-    const int64_t row_bytes = (*shapes)["row"] * (int64_t)phi::SizeOf(cache.dtype());
+    const int64_t row_bytes = (*shapes)["latent_row"] * (int64_t)phi::SizeOf(cache.dtype());
     const int64_t expected = dsa_latent_row_bytes(format_of(cache), kv_lora_rank, qk_rope_head_dim);
     if (row_bytes == expected) return;
     refuse(std::string(argument) + ": expected rows of " + std::to_string(expected) + " bytes for kv_lora_rank " +
@@ -222,7 +259,7 @@ static inline void expect_latent_cache(Shapes* shapes, const char* argument, con
 /* An index-key cache, [num_blocks, block_size, row]: the block must be what cache_layout.h says for the head size. */
 static inline void expect_index_cache(Shapes* shapes, const char* argument, const Tensor& cache) {
     shapes->expect(argument, cache, {DataType::UINT8, DataType::BFLOAT16, DataType::FLOAT32},
-                   {"num_blocks", "block_size", "row"});
+                   {"num_blocks", "block_size", "index_row"});
     const int32_t block_size = shapes->positive("block_size");
     const int32_t index_head_dim = shapes->positive("index_head_dim");
     const dsa_format format = format_of(cache);
@@ -293,10 +330,10 @@ static inline dsa_cpu_options cpu_options(int64_t num_threads, int64_t isa) {
 }
 
 /* An output. The second size may be the user's number, so that the bytes need not fit what a tensor can count. */
-static inline Tensor output(const char* argument, int64_t rows, int64_t width, DataType dtype) {
+static inline Tensor output(const char* argument, int64_t rows, int64_t width, DataType dtype, const Device& device) {
     const int64_t most = std::numeric_limits<int64_t>::max() / (int64_t)phi::SizeOf(dtype) / (rows > 0 ? rows : 1);
     if (width > most) expect_between(argument, width, 0, most);
-    return paddle::empty({rows, width}, dtype, paddle::CPUPlace());
+    return paddle::empty({rows, width}, dtype, device.place());
 }
 
 /* The outputs of a top-k op. */
@@ -305,20 +342,21 @@ struct Selection {
     Tensor slot_ids;
     Tensor counts;
 
-    Selection(int64_t num_tokens, int64_t topk)
-        : positions(output("topk", num_tokens, topk, DataType::INT32)),
-          slot_ids(output("topk", num_tokens, topk, DataType::INT32)),
-          counts(paddle::empty({num_tokens}, DataType::INT32, paddle::CPUPlace())) {}
+    Selection(int64_t num_tokens, int64_t topk, const Device& device)
+        : positions(output("topk", num_tokens, topk, DataType::INT32, device)),
+          slot_ids(output("topk", num_tokens, topk, DataType::INT32, device)),
+          counts(paddle::empty({num_tokens}, DataType::INT32, device.place())) {}
 
     std::vector<Tensor> outputs() const { return {positions, slot_ids, counts}; }
 };
 
-/* Memory for one call, aligned as the headers ask. */
+/* Memory for one call, aligned as the headers ask. On a GPU the allocator gives it to nobody else before what was
+ * enqueued on the stream has run. */
 class Workspace {
   public:
-    explicit Workspace(size_t bytes) : bytes_(bytes) {
+    Workspace(size_t bytes, const Device& device) : bytes_(bytes) {
         if (bytes == 0) return;
-        memory_ = paddle::empty({(int64_t)(bytes + kAlignment)}, DataType::UINT8, paddle::CPUPlace());
+        memory_ = paddle::empty({(int64_t)(bytes + kAlignment)}, DataType::UINT8, device.place());
     }
     void* address() const {
         if (bytes_ == 0) return nullptr;
@@ -332,6 +370,41 @@ class Workspace {
     Tensor memory_;
     size_t bytes_;
 };
+
+/* The functions of an op, those for CUDA inside DSA_ON_CUDA. An op without scratch memory has no sizes. */
+template <typename Params>
+struct Op {
+    const char* name;
+    dsa_status (*cpu)(const Params* params, const dsa_cpu_options* options);
+    dsa_status (*cuda)(const Params* params, void* stream);
+    size_t (*cpu_workspace_bytes)(const Params* params, const dsa_cpu_options* options);
+    size_t (*cuda_workspace_bytes)(const Params* params);
+};
+
+template <typename Params>
+static inline dsa_status call(const Op<Params>& op, const Device& device, const Params& params,
+                              const dsa_cpu_options& options) {
+    if constexpr (kHasCuda) {
+        if (!device.is_cpu()) return op.cuda(&params, device.stream());
+    }
+    return op.cpu(&params, &options);
+}
+
+template <typename Params>
+static inline dsa_status call_with_workspace(const Op<Params>& op, const Device& device, Params params,
+                                             const dsa_cpu_options& options) {
+    const bool is_cpu = !kHasCuda || device.is_cpu();
+    const size_t bytes = is_cpu ? op.cpu_workspace_bytes(&params, &options) : op.cuda_workspace_bytes(&params);
+    const Workspace workspace(bytes, device);
+    params.workspace = workspace.address();
+    params.workspace_bytes = workspace.bytes();
+    return call(op, device, params, options);
+}
+
+/* On the CPU values inside tensors may be why an op refused; those on a GPU are not looked at. */
+static inline bool may_blame_values(const Device& device, dsa_status status) {
+    return device.is_cpu() && status == DSA_BAD_SHAPE;
+}
 
 static inline void check_status(const char* op, dsa_status status) {
     if (status == DSA_OK) return;

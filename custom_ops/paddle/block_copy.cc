@@ -6,9 +6,19 @@
 namespace dsa {
 namespace binding {
 
+constexpr Op<dsa_block_copy_params> kOp = {
+    "block_copy", dsa_block_copy_cpu, DSA_ON_CUDA(dsa_block_copy_cuda), nullptr, nullptr,
+};
+
+/* A GPU reads and writes page-locked host memory, too. */
+static void expect_reachable(const char* argument, const Tensor& arena, Device* device) {
+    const bool is_pinned = arena.defined() && arena.place().GetType() == phi::AllocationType::GPUPINNED;
+    if (!is_pinned || device->is_cpu()) device->expect(argument, arena);
+}
+
 /* Blocks are copied as bytes: any dtype and any shape behind the first axis. */
-static std::vector<int64_t> expect_arena(const char* argument, const Tensor& arena) {
-    expect_on_cpu(argument, arena);
+static std::vector<int64_t> expect_arena(const char* argument, const Tensor& arena, Device* device) {
+    expect_reachable(argument, arena, device);
     std::vector<int64_t> block_shape = arena.shape();
     if (block_shape.empty()) refuse(std::string(argument) + ": expected [num_blocks, ...], got " + describe(arena));
     if (block_shape[0] > kMaxInt32) {
@@ -21,13 +31,13 @@ static std::vector<int64_t> expect_arena(const char* argument, const Tensor& are
 
 static void block_copy(const Tensor& src, const Tensor& dst, const Tensor& src_block_ids, const Tensor& dst_block_ids,
                        int64_t num_threads, int64_t isa) {
-    const std::vector<int64_t> src_block_shape = expect_arena("src", src);
-    if (expect_arena("dst", dst) != src_block_shape || dst.dtype() != src.dtype()) {
-        refuse("dst: expected blocks like those of src, " + describe(src) + ", got " + describe(dst));
-    }
     Shapes shapes;
     shapes.expect("src_block_ids", src_block_ids, {DataType::INT64}, {"num_copies"});
     shapes.expect("dst_block_ids", dst_block_ids, {DataType::INT64}, {"num_copies"});
+    const std::vector<int64_t> src_block_shape = expect_arena("src", src, &shapes.device);
+    if (expect_arena("dst", dst, &shapes.device) != src_block_shape || dst.dtype() != src.dtype()) {
+        refuse("dst: expected blocks like those of src, " + describe(src) + ", got " + describe(dst));
+    }
 
     dsa_block_copy_params params = {};
     params.src = address<uint8_t>(src);
@@ -42,12 +52,12 @@ static void block_copy(const Tensor& src, const Tensor& dst, const Tensor& src_b
     params.num_copies = shapes["num_copies"];
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
-    const dsa_status status = dsa_block_copy_cpu(&params, &options);
-    if (status == DSA_BAD_SHAPE) {
+    const dsa_status status = call(kOp, shapes.device, params, options);
+    if (may_blame_values(shapes.device, status)) {
         refuse_offending_block("src_block_ids", src_block_ids, "src", params.src_num_blocks);
         refuse_offending_block("dst_block_ids", dst_block_ids, "dst", params.dst_num_blocks);
     }
-    check_status("block_copy", status);
+    check_status(kOp.name, status);
 }
 
 }  // namespace binding

@@ -6,6 +6,11 @@
 namespace dsa {
 namespace binding {
 
+constexpr Op<dsa_index_select_params> kOp = {
+    "index_select", dsa_index_select_cpu, DSA_ON_CUDA(dsa_index_select_cuda), dsa_index_select_workspace_bytes,
+    DSA_ON_CUDA(dsa_index_select_cuda_workspace_bytes),
+};
+
 static std::vector<Tensor> index_select(const Tensor& query, const Tensor& folded_weights, const Tensor& index_cache,
                                         const Tensor& block_table, const Tensor& request_ids, const Tensor& lengths,
                                         int64_t max_length, int64_t topk, int64_t max_logits_bytes,
@@ -19,7 +24,7 @@ static std::vector<Tensor> index_select(const Tensor& query, const Tensor& folde
     expect_between("max_logits_bytes", max_logits_bytes, 0, std::numeric_limits<int64_t>::max());
 
     const int64_t num_tokens = shapes["num_tokens"];
-    Selection selection(num_tokens, topk);
+    Selection selection(num_tokens, topk, shapes.device);
 
     dsa_index_select_params params = {};
     params.query = address<void>(query);
@@ -45,13 +50,10 @@ static std::vector<Tensor> index_select(const Tensor& query, const Tensor& folde
     params.cache_format = format_of(index_cache);
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
-    const Workspace workspace(dsa_index_select_workspace_bytes(&params, &options));
-    params.workspace = workspace.address();
-    params.workspace_bytes = workspace.bytes();
-    const dsa_status status = dsa_index_select_cpu(&params, &options);
-    if (status == DSA_BAD_SHAPE)
+    const dsa_status status = call_with_workspace(kOp, shapes.device, params, options);
+    if (may_blame_values(shapes.device, status))
         refuse_offending_context(shapes, request_ids, lengths, "max_length", max_length, params.block_size);
-    check_status("index_select", status);
+    check_status(kOp.name, status);
     return selection.outputs();
 }
 

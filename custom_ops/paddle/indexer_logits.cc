@@ -6,6 +6,11 @@
 namespace dsa {
 namespace binding {
 
+constexpr Op<dsa_indexer_logits_params> kOp = {
+    "indexer_logits", dsa_indexer_logits_cpu, DSA_ON_CUDA(dsa_indexer_logits_cuda), dsa_indexer_logits_workspace_bytes,
+    DSA_ON_CUDA(dsa_indexer_logits_cuda_workspace_bytes),
+};
+
 static std::vector<Tensor> indexer_logits(const Tensor& query, const Tensor& folded_weights, const Tensor& index_cache,
                                           const Tensor& block_table, const Tensor& request_ids, const Tensor& lengths,
                                           int64_t logits_width, int64_t num_threads, int64_t isa) {
@@ -16,7 +21,7 @@ static std::vector<Tensor> indexer_logits(const Tensor& query, const Tensor& fol
     expect_between("logits_width", logits_width, 0, kMaxInt32);
 
     const int64_t num_tokens = shapes["num_tokens"];
-    Tensor logits = output("logits_width", num_tokens, logits_width, DataType::FLOAT32);
+    Tensor logits = output("logits_width", num_tokens, logits_width, DataType::FLOAT32, shapes.device);
 
     dsa_indexer_logits_params params = {};
     params.query = address<void>(query);
@@ -39,13 +44,10 @@ static std::vector<Tensor> indexer_logits(const Tensor& query, const Tensor& fol
     params.cache_format = format_of(index_cache);
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
-    const Workspace workspace(dsa_indexer_logits_workspace_bytes(&params, &options));
-    params.workspace = workspace.address();
-    params.workspace_bytes = workspace.bytes();
-    const dsa_status status = dsa_indexer_logits_cpu(&params, &options);
-    if (status == DSA_BAD_SHAPE)
+    const dsa_status status = call_with_workspace(kOp, shapes.device, params, options);
+    if (may_blame_values(shapes.device, status))
         refuse_offending_context(shapes, request_ids, lengths, "logits_width", logits_width, params.block_size);
-    check_status("indexer_logits", status);
+    check_status(kOp.name, status);
     return {logits};
 }
 

@@ -8,9 +8,14 @@
 namespace dsa {
 namespace binding {
 
+constexpr Op<dsa_sparse_mla_params> kOp = {
+    "sparse_mla", dsa_sparse_mla_cpu, DSA_ON_CUDA(dsa_sparse_mla_cuda), dsa_sparse_mla_workspace_bytes,
+    DSA_ON_CUDA(dsa_sparse_mla_cuda_workspace_bytes),
+};
+
 static std::vector<Tensor> sparse_mla(const Tensor& query, const Tensor& latent_cache, const Tensor& slot_ids,
                                       const Tensor& counts, int64_t kv_lora_rank, float softmax_scale,
-                                      int64_t num_threads, int64_t isa) {
+                                      bool batch_invariant, int64_t num_threads, int64_t isa) {
     Shapes shapes;
     shapes.expect("query", query, {DataType::FLOAT32, DataType::BFLOAT16}, {"num_tokens", "num_heads", "head_dim"});
     const int32_t head_dim = shapes["head_dim"];
@@ -28,8 +33,8 @@ static std::vector<Tensor> sparse_mla(const Tensor& query, const Tensor& latent_
     expect_slots_fit("latent_cache", shapes["num_blocks"], shapes["block_size"]);
     if (!isfinite(softmax_scale))
         refuse("softmax_scale: expected a finite float32, got " + std::to_string(softmax_scale));
-    Tensor out = paddle::empty({num_tokens, num_heads, kv_lora_rank}, query.dtype(), paddle::CPUPlace());
-    Tensor lse = paddle::empty({num_tokens, num_heads}, DataType::FLOAT32, paddle::CPUPlace());
+    Tensor out = paddle::empty({num_tokens, num_heads, kv_lora_rank}, query.dtype(), shapes.device.place());
+    Tensor lse = paddle::empty({num_tokens, num_heads}, DataType::FLOAT32, shapes.device.place());
 
     dsa_sparse_mla_params params = {};
     params.query = address<void>(query);
@@ -47,16 +52,14 @@ static std::vector<Tensor> sparse_mla(const Tensor& query, const Tensor& latent_
     params.qk_rope_head_dim = qk_rope_head_dim;
     params.topk = shapes.positive("topk");
     params.softmax_scale = softmax_scale;
+    params.batch_invariant = batch_invariant;
     params.query_format = format_of(query);
     params.cache_format = format_of(latent_cache);
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
-    const Workspace workspace(dsa_sparse_mla_workspace_bytes(&params, &options));
-    params.workspace = workspace.address();
-    params.workspace_bytes = workspace.bytes();
-    const dsa_status status = dsa_sparse_mla_cpu(&params, &options);
-    if (status == DSA_BAD_SHAPE) refuse_offending_count(counts, params.topk);
-    check_status("sparse_mla", status);
+    const dsa_status status = call_with_workspace(kOp, shapes.device, params, options);
+    if (may_blame_values(shapes.device, status)) refuse_offending_count(counts, params.topk);
+    check_status(kOp.name, status);
     return {out, lse};
 }
 
@@ -66,5 +69,6 @@ static std::vector<Tensor> sparse_mla(const Tensor& query, const Tensor& latent_
 PD_BUILD_OP(dsa_sparse_mla)
     .Inputs({"query", "latent_cache", "slot_ids", "counts"})
     .Outputs({"out", "lse"})
-    .Attrs({"kv_lora_rank: int64_t", "softmax_scale: float", "num_threads: int64_t", "isa: int64_t"})
+    .Attrs({"kv_lora_rank: int64_t", "softmax_scale: float", "batch_invariant: bool", "num_threads: int64_t",
+            "isa: int64_t"})
     .SetKernelFn(PD_KERNEL(dsa::binding::sparse_mla));

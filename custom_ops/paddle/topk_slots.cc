@@ -6,6 +6,11 @@
 namespace dsa {
 namespace binding {
 
+constexpr Op<dsa_topk_slots_params> kOp = {
+    "topk_slots", dsa_topk_slots_cpu, DSA_ON_CUDA(dsa_topk_slots_cuda), dsa_topk_slots_workspace_bytes,
+    DSA_ON_CUDA(dsa_topk_slots_cuda_workspace_bytes),
+};
+
 static std::vector<Tensor> topk_slots(const Tensor& logits, const Tensor& lengths, const Tensor& block_table,
                                       const Tensor& request_ids, int64_t topk, int64_t num_blocks, int64_t block_size,
                                       int64_t num_threads, int64_t isa) {
@@ -17,7 +22,7 @@ static std::vector<Tensor> topk_slots(const Tensor& logits, const Tensor& length
     expect_slots_fit("num_blocks", num_blocks, (int32_t)block_size);
 
     const int64_t num_tokens = shapes["num_tokens"];
-    Selection selection(num_tokens, topk);
+    Selection selection(num_tokens, topk, shapes.device);
 
     dsa_topk_slots_params params = {};
     params.logits = address<float>(logits);
@@ -37,13 +42,10 @@ static std::vector<Tensor> topk_slots(const Tensor& logits, const Tensor& length
     params.topk = (int32_t)topk;
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
-    const Workspace workspace(dsa_topk_slots_workspace_bytes(&params, &options));
-    params.workspace = workspace.address();
-    params.workspace_bytes = workspace.bytes();
-    const dsa_status status = dsa_topk_slots_cpu(&params, &options);
-    if (status == DSA_BAD_SHAPE)
+    const dsa_status status = call_with_workspace(kOp, shapes.device, params, options);
+    if (may_blame_values(shapes.device, status))
         refuse_offending_context(shapes, request_ids, lengths, "the width of logits", params.logits_width, block_size);
-    check_status("topk_slots", status);
+    check_status(kOp.name, status);
     return selection.outputs();
 }
 

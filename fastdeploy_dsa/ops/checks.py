@@ -54,6 +54,17 @@ def code_of(argument: str, name: Name, codes: Mapping[Name, int]) -> int:
         raise ValueError(f"{argument}: expected one of {', '.join(codes)}, got {name!r}") from None
 
 
+def require_bool(argument: str, value: bool) -> bool:
+    """The switch itself: Paddle takes any number for one.
+
+    Raises:
+        ValueError: It is neither True nor False.
+    """
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{argument}: expected True or False, got {value!r}")
+
+
 def _is_real(value: object) -> bool:
     # Nearly always a float, and to ask an abstract class is slow.
     return isinstance(value, float) or (isinstance(value, Real) and not isinstance(value, bool))

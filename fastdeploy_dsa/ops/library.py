@@ -36,6 +36,7 @@ OPS = (
     "index_query_quant",
     "index_select",
     "indexer_logits",
+    "layer_write",
     "mla_cache_write",
     "sparse_mla",
     "topk_slots",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastdeploy_dsa.ops.checks import finite_float32
+from fastdeploy_dsa.ops.checks import finite_float32, require_bool
 from fastdeploy_dsa.ops.library import run_op
 from fastdeploy_dsa.ops.types import DEFAULT_CPU_OPTIONS, CpuOptions, codes_of
 
@@ -18,6 +18,7 @@ def sparse_mla(
     counts: Tensor,
     kv_lora_rank: int,
     softmax_scale: float,
+    batch_invariant: bool = False,
     cpu: CpuOptions = DEFAULT_CPU_OPTIONS,
 ) -> tuple[Tensor, Tensor]:
     """Attend from query rows to their selected slots of the latent cache: prefill, decode and verify rows alike.
@@ -29,6 +30,8 @@ def sparse_mla(
         counts: [T] int32, leading ids of each row to look at.
         kv_lora_rank: Leading numbers of a cache row that are also the value.
         softmax_scale: Factor on every score, finite as float32.
+        batch_invariant: On a GPU, let a row's bits not depend on how many rows the call has; slower for few rows or
+            for many. On the CPU they never do.
         cpu: How to run on the CPU.
 
     Returns:
@@ -48,6 +51,7 @@ def sparse_mla(
         counts,
         kv_lora_rank,
         finite_float32("softmax_scale", softmax_scale),
+        require_bool("batch_invariant", batch_invariant),
         *codes_of(cpu),
     )
     return out, lse

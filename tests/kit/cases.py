@@ -153,6 +153,58 @@ class IndexQueryQuantCase:
 
 
 @dataclass(frozen=True)
+class LayerWriteCase:
+    """The rows of one layer, which go to the same scattered slots of both caches."""
+
+    num_tokens: int = 41
+    kv_lora_rank: int = 512
+    qk_rope_head_dim: int = 64
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    block_size: int = 64
+    input_format: str = "bfloat16"
+    latent_format: Format = "fp8"
+    index_format: Format = "fp8"
+    scale_format: str = "ue8m0"
+    gap_bytes: int = 0
+    has_row_strides: bool = False
+    seed: int = 0
+
+    def parts(self) -> tuple[Arguments, Arguments, Arguments]:
+        """Arguments of mla_cache_write, index_key_write and index_query_quant."""
+        common = {name: getattr(self, name) for name in ("num_tokens", "input_format", "has_row_strides", "seed")}
+        caches = {name: getattr(self, name) for name in ("block_size", "scale_format", "gap_bytes")}
+        latent = MlaCacheWriteCase(
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            cache_format=self.latent_format,
+            **common,
+            **caches,
+        )
+        key = IndexKeyWriteCase(index_head_dim=self.index_head_dim, cache_format=self.index_format, **common, **caches)
+        query = IndexQueryQuantCase(
+            index_n_heads=self.index_n_heads,
+            index_head_dim=self.index_head_dim,
+            cache_format=self.index_format,
+            **common,
+        )
+        parts = latent.arguments(), key.arguments(), query.arguments()
+        parts[1]["slot_mapping"] = parts[0]["slot_mapping"]
+        return parts
+
+    def arguments(self) -> Arguments:
+        """Of layer_write."""
+        latent, key, query = self.parts()
+        return {
+            **{name: latent[name] for name in ("latent", "rope", "slot_mapping", "scale_format")},
+            **{name: query[name] for name in ("query", "weights")},
+            "latent_cache": latent["cache"],
+            "key": key["key"],
+            "index_cache": key["cache"],
+        }
+
+
+@dataclass(frozen=True)
 class IndexerCase:
     """Query rows over paged contexts. Keys were written by the reference; all other bytes are poison.
 

@@ -25,8 +25,17 @@ def assert_same(actual: NDArray[Any], expected: NDArray[Any], what: str, *, mask
     _fail_at_first(differs, actual, expected, what)
 
 
-def assert_close(actual: NDArray[Any], expected: NDArray[Any], bound: NDArray[Any], what: str) -> None:
+def assert_close(
+    actual: NDArray[Any], expected: NDArray[Any], bound: NDArray[Any], what: str, *, loosest: float = LOOSEST_BOUND
+) -> None:
     """NaN and infinities in the same places, every other number within its bound.
+
+    Args:
+        actual: Numbers of an implementation.
+        expected: Numbers of the definition.
+        bound: Largest error of each.
+        what: Name for the message.
+        loosest: Largest share of the expected numbers' size that the bounds may have.
 
     Raises:
         MeaninglessBound: The bound is a large share of the numbers themselves.
@@ -37,7 +46,7 @@ def assert_close(actual: NDArray[Any], expected: NDArray[Any], bound: NDArray[An
     finite = np.isfinite(expected)
     if not finite.any():
         return
-    _require_meaning(expected[finite], np.broadcast_to(bound, expected.shape)[finite], what)
+    _require_meaning(expected[finite], np.broadcast_to(bound, expected.shape)[finite], what, loosest)
     error = np.zeros(expected.shape)
     error[finite] = np.abs(actual[finite].astype(np.float64) - expected[finite])
     within = error <= bound
@@ -88,9 +97,9 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(array).view(kinds[array.itemsize])
 
 
-def _require_meaning(expected: NDArray[Any], bound: NDArray[Any], what: str) -> None:
+def _require_meaning(expected: NDArray[Any], bound: NDArray[Any], what: str, loosest: float) -> None:
     size, loose = np.sqrt(np.mean(expected**2)), np.sqrt(np.mean(bound**2))
-    if not loose <= LOOSEST_BOUND * size and size > 0:
+    if not loose <= loosest * size and size > 0:
         raise MeaninglessBound(f"{what}: bound {loose:.3g} for numbers of size {size:.3g}")
 
 

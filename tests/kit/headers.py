@@ -49,12 +49,42 @@ class Headers:
 
     @cached_property
     def structs(self) -> dict[str, type[ctypes.Structure]]:
-        """Every struct by its typedef name."""
-        found = {}
-        for body, name in re.findall(r"typedef\s+struct\s+\w+\s*\{(.*?)\}\s*(\w+)\s*;", self._text, re.DOTALL):
-            fields = [self._field(line) for line in body.split(";") if line.strip()]
-            found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+        """Every struct by its typedef name; a field may be a struct."""
+        waiting = {name: [self._split_field(line) for line in body] for name, body in self._struct_bodies.items()}
+        found: dict[str, type[ctypes.Structure]] = {}
+        while waiting:
+            ready = [name for name, fields in waiting.items() if not {kind for _, kind in fields} & set(waiting)]
+            if not ready:
+                raise ValueError(f"header: structs contain each other: {sorted(waiting)}")
+            for name in ready:
+                fields = [(field, found.get(kind) or self._type(kind)) for field, kind in waiting.pop(name)]
+                found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
         return found
+
+    def fields(self, struct: str, prefix: str = "") -> dict[str, type]:
+        """Every field of a struct; that of a struct inside it is called outer.inner."""
+        found: dict[str, type] = {}
+        for name, kind in dict(self.structs[struct]._fields_).items():
+            if issubclass(kind, ctypes.Structure):
+                found |= self.fields(kind.__name__, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = kind
+        return found
+
+    def read_only(self, struct: str, prefix: str = "") -> set[str]:
+        """Fields, named as above, that point to memory which the op does not change."""
+        found: set[str] = set()
+        for name, kind in (self._split_field(line) for line in self._struct_bodies[struct]):
+            if kind in self.structs:
+                found |= self.read_only(kind, f"{prefix}{name}.")
+            elif "*" in kind and "const" in kind:
+                found.add(prefix + name)
+        return found
+
+    @cached_property
+    def _struct_bodies(self) -> dict[str, list[str]]:
+        found = re.findall(r"typedef\s+struct\s+\w+\s*\{(.*?)\}\s*(\w+)\s*;", self._text, re.DOTALL)
+        return {name: [line for line in body.split(";") if line.strip()] for body, name in found}
 
     @cached_property
     def prototypes(self) -> dict[str, Prototype]:
@@ -75,13 +105,15 @@ class Headers:
         return [] if arguments.strip() in {"", "void"} else arguments.split(",")
 
     def _argument(self, declaration: str) -> type:
-        return self._field(declaration)[1]
+        return self._type(self._split_field(declaration)[1])
 
-    def _field(self, declaration: str) -> tuple[str, type]:
+    @staticmethod
+    def _split_field(declaration: str) -> tuple[str, str]:
+        """Name and type of a declaration."""
         match = re.fullmatch(r"\s*([\w\s]+?[\s*]+)(\w+)\s*", declaration)
         if match is None:
             raise ValueError(f"header: not a declaration: {declaration!r}")
-        return match.group(2), self._type(match.group(1))
+        return match.group(2), match.group(1).strip()
 
     def _type(self, text: str) -> type:
         words = text.replace("const", " ").split()
@@ -122,11 +154,17 @@ class CLibrary:
         return getattr(self._library, name)(*arguments)
 
     def workspace_bytes(self, op: str, params: ctypes.Structure, options: ctypes.Structure) -> int:
-        """Scratch memory of an op; 0 for an op without any."""
-        name = f"dsa_{op}_workspace_bytes"
+        """Scratch memory of an op on the CPU; 0 for an op without any."""
+        return self._workspace_bytes(f"dsa_{op}_workspace_bytes", ctypes.byref(params), ctypes.byref(options))
+
+    def cuda_workspace_bytes(self, op: str, params: ctypes.Structure) -> int:
+        """Scratch memory of an op on the GPU; 0 for an op without any."""
+        return self._workspace_bytes(f"dsa_{op}_cuda_workspace_bytes", ctypes.byref(params))
+
+    def _workspace_bytes(self, name: str, *arguments: object) -> int:
         if name not in self.headers.prototypes:
             return 0
-        size = self.call(name, ctypes.byref(params), ctypes.byref(options))
+        size = self.call(name, *arguments)
         assert isinstance(size, int)
         return size
 

@@ -48,9 +48,22 @@ def poisoned_blocks(
 
 def whole_memory(view: NDArray[Any]) -> NDArray[np.uint8]:
     """Every byte of the allocation behind a view, gaps and guards included."""
-    while isinstance(view.base, np.ndarray):
-        view = view.base
+    base: Any = view
+    while base is not None:
+        if isinstance(base, np.ndarray):
+            view = base
+        base = getattr(base, "base", None)  # NumPy puts an object of its own between a strided view and its array
     return view.reshape(-1).view(np.uint8)
+
+
+def own_memory(view: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes from the first to the last number of a view; writable through the view only."""
+    if view.size == 0:
+        return np.empty(0, np.uint8)
+    num_bytes = view.itemsize + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+    whole = whole_memory(view)
+    first = view.ctypes.data - whole.ctypes.data
+    return whole[first : first + num_bytes]
 
 
 def with_row_stride(array: NDArray[Any], *, padding: int = 8) -> NDArray[Any]:

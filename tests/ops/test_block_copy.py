@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.kit.c_api import CApi
 from tests.kit.cases import BlockCopyCase, rejected_block_ids
 from tests.kit.checks import check_block_copy
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_blocks_of_any_length_arrive_whole(implementation: Implementation, block
 
 
 @pytest.mark.parametrize(("src_gap_bytes", "dst_gap_bytes"), [(0, 5), (9, 0), (3, 17)])
-def test_gaps_between_blocks_stay_as_they_are(c_implementation: CCpu, src_gap_bytes: int, dst_gap_bytes: int) -> None:
+def test_gaps_between_blocks_stay_as_they_are(c_implementation: CApi, src_gap_bytes: int, dst_gap_bytes: int) -> None:
     case = BlockCopyCase(block_shape=(77, 1), src_gap_bytes=src_gap_bytes, dst_gap_bytes=dst_gap_bytes)
     check_block_copy(c_implementation, case)
 
@@ -48,7 +49,7 @@ def test_a_source_may_be_copied_to_several_places(implementation: Implementation
         assert_same(arguments["dst"][block], arguments["src"][2], f"block {block}")
 
 
-def test_blocks_move_inside_one_arena(c_implementation: CCpu) -> None:
+def test_blocks_move_inside_one_arena(c_implementation: CApi) -> None:
     arena = BlockCopyCase().arguments()["src"]
     before = arena.copy()
     c_implementation.block_copy(
@@ -60,13 +61,13 @@ def test_blocks_move_inside_one_arena(c_implementation: CCpu) -> None:
 @pytest.mark.parametrize("side", ["src", "dst"])
 @pytest.mark.parametrize("which", range(4))
 def test_a_pair_outside_its_arena_is_refused_and_nothing_is_copied(
-    implementation: Implementation, side: str, which: int
+    cpu_implementation: Implementation, side: str, which: int
 ) -> None:
     arguments = BlockCopyCase().arguments()
     arguments[f"{side}_block_ids"][-1] = rejected_block_ids(len(arguments[side]))[which]
     before = arguments["dst"].copy()
     with pytest.raises(ValueError, match=r"block"):
-        implementation.block_copy(**arguments)
+        cpu_implementation.block_copy(**arguments)
     assert_same(arguments["dst"], before, "dst")
 
 

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from fastdeploy_dsa.ops import reference
+from tests.kit.c_api import CApi, CCpu
 from tests.kit.cases import (
     BlockCopyCase,
     IndexerCase,
     IndexKeyWriteCase,
     IndexQueryQuantCase,
+    LayerWriteCase,
     MlaCacheWriteCase,
     SparseMlaCase,
     TopkCase,
 )
 from tests.kit.headers import INCLUDE, Headers
-from tests.kit.implementations import CCpu, Refused
+from tests.kit.implementation import Refused
 from tests.kit.poison import GuardedMemory
 
 OPS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,7 @@ OPS: dict[str, dict[str, Any]] = {
     "index_query_quant": IndexQueryQuantCase().arguments(),
     "index_select": IndexerCase().selection_arguments(topk=8),
     "indexer_logits": IndexerCase().arguments(),
+    "layer_write": LayerWriteCase().arguments(),
     "mla_cache_write": MlaCacheWriteCase().arguments(),
     "sparse_mla": SparseMlaCase(counts=(70, 0, 5)).arguments(),
     "topk_slots": TopkCase().arguments(),
@@ -37,17 +40,17 @@ OPS: dict[str, dict[str, Any]] = {
 FIELDS = [
     (op, name, kind)
     for op in OPS
-    for name, kind in dict(Headers().structs[f"dsa_{op}_params"]._fields_).items()
+    for name, kind in Headers().fields(f"dsa_{op}_params").items()
     if name not in {"workspace", "workspace_bytes"}
 ]
 POINTERS = [(op, name) for op, name, kind in FIELDS if kind is ctypes.c_void_p]
+NO_COUNTS = ("_format", "_stride", "max_logits_bytes", "batch_invariant")  # codes, distances, a budget, a switch
 COUNTS = [
     (op, name)
     for op, name, kind in FIELDS
-    if kind in {ctypes.c_int32, ctypes.c_int64} and not name.endswith(("_format", "_stride", "max_logits_bytes"))
+    if kind in {ctypes.c_int32, ctypes.c_int64} and not name.endswith(NO_COUNTS)
 ]
 FORMATS = [(op, name) for op, name, _ in FIELDS if name.endswith("_format")]
-# Counts that may be zero: an empty batch, or a model without that part.
 ID_LIMITS = [(op, "num_blocks") for op in ("index_select", "sparse_mla", "topk_slots")]
 
 
@@ -61,14 +64,20 @@ class Recorder(CCpu):
         self.calls.append(fields)
 
 
-def fields_of(implementation: CCpu, op: str) -> dict[str, Any]:
+def fields_of(implementation: CApi, op: str) -> dict[str, Any]:
     """The params of a valid call."""
-    recorder = Recorder(implementation.library, implementation.isa)
+    recorder = Recorder(implementation.library)
     getattr(recorder, op)(**OPS[op])
     return recorder.calls[0]
 
 
-def status_of(implementation: CCpu, op: str, **changes: Any) -> str:
+def host_params(implementation: CApi, op: str, **changes: Any) -> ctypes.Structure:
+    """The params of a valid call with changed fields; addresses are of the host."""
+    fields = fields_of(implementation, op) | changes
+    return implementation.params(op, fields, lambda array: int(array.ctypes.data))
+
+
+def status_of(implementation: CApi, op: str, **changes: Any) -> str:
     """The name of the status of a call with changed fields."""
     names = {value: name for name, value in implementation.library.headers.constants.items() if is_status(name)}
     try:
@@ -86,17 +95,17 @@ def is_status(name: str) -> bool:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_valid_call_is_accepted(c_implementation: CCpu, op: str) -> None:
+def test_the_valid_call_is_accepted(c_implementation: CApi, op: str) -> None:
     assert status_of(c_implementation, op) == "DSA_OK"
 
 
-def test_every_struct_is_as_large_as_its_header_says(c_implementation: CCpu) -> None:
+def test_every_struct_is_as_large_as_its_header_says(c_implementation: CApi) -> None:
     for name in c_implementation.library.headers.structs:
         c_implementation.library.struct(name)
 
 
 @pytest.mark.parametrize(("op", "name"), POINTERS)
-def test_a_null_pointer_is_refused_unless_the_header_allows_it(c_implementation: CCpu, op: str, name: str) -> None:
+def test_a_null_pointer_is_refused_unless_the_header_allows_it(c_implementation: CApi, op: str, name: str) -> None:
     header = (INCLUDE / f"{op}.h").read_text()
     may_be_null = re.search(rf"\b{name};\s*/\*[^*]*may be null", header)
     status = status_of(c_implementation, op, **{name: None})
@@ -104,46 +113,45 @@ def test_a_null_pointer_is_refused_unless_the_header_allows_it(c_implementation:
 
 
 @pytest.mark.parametrize(("op", "name"), COUNTS)
-def test_a_negative_count_is_refused(c_implementation: CCpu, op: str, name: str) -> None:
+def test_a_negative_count_is_refused(c_implementation: CApi, op: str, name: str) -> None:
     assert status_of(c_implementation, op, **{name: -1}) == "DSA_BAD_SHAPE"
 
 
 @pytest.mark.parametrize(("op", "name"), FORMATS)
-def test_an_unknown_format_is_refused(c_implementation: CCpu, op: str, name: str) -> None:
+def test_an_unknown_format_is_refused(c_implementation: CApi, op: str, name: str) -> None:
     for code in (-1, 77):
         assert status_of(c_implementation, op, **{name: code}) == "DSA_BAD_FORMAT"
 
 
 @pytest.mark.parametrize(("op", "name"), ID_LIMITS)
-def test_a_cache_with_more_slots_than_int32_is_refused(c_implementation: CCpu, op: str, name: str) -> None:
+def test_a_cache_with_more_slots_than_int32_is_refused(c_implementation: CApi, op: str, name: str) -> None:
     for num_blocks in (2**31 // 64, 2**40, 2**62):
         assert status_of(c_implementation, op, **{name: num_blocks}) == "DSA_BAD_SHAPE"
 
 
 @pytest.mark.parametrize("op", ["index_select", "indexer_logits", "sparse_mla", "topk_slots"])
-def test_a_workspace_that_is_too_small_is_refused(c_implementation: CCpu, op: str) -> None:
-    library = c_implementation.library
-    memory = GuardedMemory()
-    params, options = c_implementation.params(op, **fields_of(c_implementation, op)), c_implementation.options()
-    needed = library.workspace_bytes(op, params, options)
+def test_a_workspace_that_is_too_small_is_refused(c_implementation: CApi, op: str) -> None:
+    params = host_params(c_implementation, op)
+    needed = c_implementation.workspace_bytes(op, params)
     if needed == 0:
         return
-    params.workspace = memory.workspace(needed).ctypes.data
+    memory = GuardedMemory().workspace(needed)
+    params.workspace = memory.ctypes.data
     params.workspace_bytes = needed - 1
-    status = library.call(f"dsa_{op}_cpu", ctypes.byref(params), ctypes.byref(options))
-    assert status == library.headers.constants["DSA_WORKSPACE_TOO_SMALL"]
+    status = c_implementation.status_of_call(op, params)
+    assert status == c_implementation.library.headers.constants["DSA_WORKSPACE_TOO_SMALL"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_instruction_set_that_does_not_exist_is_unsupported(c_implementation: CCpu, op: str) -> None:
-    library = c_implementation.library
-    params = c_implementation.params(op, **fields_of(c_implementation, op))
+def test_an_instruction_set_that_does_not_exist_is_unsupported(c_cpu_implementation: CApi, op: str) -> None:
+    library = c_cpu_implementation.library
+    params = host_params(c_cpu_implementation, op)
     options = library.struct("dsa_cpu_options")(1, 99)
     status = library.call(f"dsa_{op}_cpu", ctypes.byref(params), ctypes.byref(options))
     assert status == library.headers.constants["DSA_UNSUPPORTED"]
 
 
-def test_every_status_has_a_text_of_its_own(c_implementation: CCpu) -> None:
+def test_every_status_has_a_text_of_its_own(c_implementation: CApi) -> None:
     library = c_implementation.library
     statuses = [value for name, value in library.headers.constants.items() if is_status(name)]
     texts = [library.status_text(status) for status in statuses]
@@ -154,7 +162,7 @@ def test_every_status_has_a_text_of_its_own(c_implementation: CCpu) -> None:
 @pytest.mark.parametrize("kv_lora_rank", [1, 5, 127, 128, 129, 512])
 @pytest.mark.parametrize("qk_rope_head_dim", [1, 2, 3, 64])
 def test_latent_offsets_of_the_library_are_those_of_the_reference(
-    c_implementation: CCpu, kv_lora_rank: int, qk_rope_head_dim: int
+    c_implementation: CApi, kv_lora_rank: int, qk_rope_head_dim: int
 ) -> None:
     library, fields = c_implementation.library, reference.caches.LatentFields(kv_lora_rank, qk_rope_head_dim)
     fp8 = library.headers.constants["DSA_FP8"]
@@ -163,11 +171,11 @@ def test_latent_offsets_of_the_library_are_those_of_the_reference(
     assert library.call("dsa_latent_row_bytes", fp8, kv_lora_rank, qk_rope_head_dim) == fields.row_bytes
 
 
-def test_the_reference_and_the_headers_agree_on_the_group_of_a_scale(c_implementation: CCpu) -> None:
+def test_the_reference_and_the_headers_agree_on_the_group_of_a_scale(c_implementation: CApi) -> None:
     assert c_implementation.library.headers.constants["DSA_LATENT_GROUP"] == reference.caches.LATENT_GROUP
 
 
-def test_an_lse_that_nobody_wants_is_not_needed(c_implementation: CCpu) -> None:
+def test_an_lse_that_nobody_wants_is_not_needed(c_implementation: CApi) -> None:
     fields = fields_of(c_implementation, "sparse_mla")
     out, _ = c_implementation.sparse_mla(**OPS["sparse_mla"])
     c_implementation.call("sparse_mla", GuardedMemory(), **fields | {"lse": None})

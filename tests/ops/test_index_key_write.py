@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.kit.c_api import CApi
 from tests.kit.cases import IndexKeyWriteCase, index_cache
 from tests.kit.checks import check_index_key_write
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 from tests.kit.poison import POISON_BYTE
 
 FORMATS = ["fp8", "bfloat16", "float32"]
@@ -52,7 +53,7 @@ def test_strided_inputs_are_read_as_their_contiguous_copies(implementation: Impl
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_gaps_between_blocks_stay_as_they_are(c_implementation: CCpu, cache_format: str) -> None:
+def test_gaps_between_blocks_stay_as_they_are(c_implementation: CApi, cache_format: str) -> None:
     check_index_key_write(c_implementation, IndexKeyWriteCase(cache_format=cache_format, gap_bytes=20))
 
 
@@ -82,7 +83,7 @@ def test_scale_of_a_key_is_the_next_power_of_two(implementation: Implementation,
     assert cache.reshape(-1)[8:].view(np.float32)[2] == scale
 
 
-def test_keys_of_the_documented_example_lie_at_the_documented_bytes(c_implementation: CCpu) -> None:
+def test_keys_of_the_documented_example_lie_at_the_documented_bytes(c_implementation: CApi) -> None:
     # Check 7 of the DSA data flow: page 3, offset 5.
     cache = index_cache(4, 64, 128, "fp8")
     key = np.full((1, 128), 448, np.float32)

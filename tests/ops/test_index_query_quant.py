@@ -6,7 +6,7 @@ import pytest
 from tests.kit.cases import Format, IndexQueryQuantCase
 from tests.kit.checks import check_index_query_quant
 from tests.kit.compare import assert_same
-from tests.kit.implementations import Implementation
+from tests.kit.implementation import Implementation
 
 FORMATS = ["fp8", "bfloat16", "float32"]
 

@@ -7,9 +7,10 @@ import pytest
 
 from fastdeploy_dsa.ops import reference
 from fastdeploy_dsa.ops.reference import IndexSelection
+from tests.kit.c_api import CApi
 from tests.kit.cases import Format, IndexerCase
 from tests.kit.checks import assert_same_selection, check_index_select
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 
 FORMATS: list[Format] = ["fp8", "bfloat16", "float32"]
 PER_ROW = ("query", "folded_weights", "request_ids", "lengths")
@@ -57,7 +58,7 @@ def test_more_rows_than_are_scored_at_a_time(implementation: Implementation) -> 
     check_index_select(implementation, case, topk=K)
 
 
-def test_dsa_t25_scratch_memory_stays_near_the_budget_unless_one_row_exceeds_it(c_implementation: CCpu) -> None:
+def test_dsa_t25_scratch_memory_stays_near_the_budget_unless_one_row_exceeds_it(c_implementation: CApi) -> None:
     case = IndexerCase(lengths=(4000,) * 256, requests=(0,) * 256, index_n_heads=1, index_head_dim=8)
     sizes = {}
     for rows in (1, 8, 64):
@@ -69,7 +70,7 @@ def test_dsa_t25_scratch_memory_stays_near_the_budget_unless_one_row_exceeds_it(
     assert sizes[1] <= sizes[8] <= sizes[64] < 256 * row_bytes
 
 
-def workspace_bytes(c_implementation: CCpu, arguments: dict[str, Any]) -> int:
+def workspace_bytes(c_implementation: CApi, arguments: dict[str, Any]) -> int:
     """What index_select asks for."""
     library = c_implementation.library
     query, cache = arguments["query"], arguments["index_cache"]
@@ -88,11 +89,11 @@ def workspace_bytes(c_implementation: CCpu, arguments: dict[str, Any]) -> int:
         topk=arguments["topk"],
         cache_format=c_implementation.format_of(cache),
     )
-    return library.workspace_bytes("index_select", params, c_implementation.options())
+    return c_implementation.workspace_bytes("index_select", params)
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_gaps_between_blocks_are_not_read(c_implementation: CCpu, cache_format: Format) -> None:
+def test_gaps_between_blocks_are_not_read(c_implementation: CApi, cache_format: Format) -> None:
     check_index_select(c_implementation, IndexerCase(cache_format=cache_format, gap_bytes=32), topk=K)
 
 

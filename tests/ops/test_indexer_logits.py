@@ -8,10 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from fastdeploy_dsa.ops import reference
+from tests.kit.c_api import CApi
 from tests.kit.cases import Format, IndexerCase
 from tests.kit.checks import check_indexer_logits
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation, Refused
+from tests.kit.implementation import Implementation, Refused
 from tests.kit.poison import invalid_ids
 
 FORMATS: list[Format] = ["fp8", "bfloat16", "float32"]
@@ -97,7 +98,7 @@ def test_exactly_representable_sums_are_exact(implementation: Implementation, ca
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_dsa_t13_gaps_between_blocks_are_not_read(c_implementation: CCpu, cache_format: Format) -> None:
+def test_dsa_t13_gaps_between_blocks_are_not_read(c_implementation: CApi, cache_format: Format) -> None:
     check_indexer_logits(c_implementation, IndexerCase(cache_format=cache_format, gap_bytes=48))
 
 
@@ -120,21 +121,21 @@ def test_an_empty_batch_gives_no_rows(implementation: Implementation, cache_form
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_dsa_t11_rows_of_length_zero_or_less_score_nothing(c_implementation: CCpu, cache_format: Format) -> None:
+def test_dsa_t11_rows_of_length_zero_or_less_score_nothing(c_implementation: CApi, cache_format: Format) -> None:
     check_indexer_logits(c_implementation, IndexerCase(lengths=(0, -1, -(2**31), 70), cache_format=cache_format))
     check_indexer_logits(c_implementation, IndexerCase(lengths=(0, -5), cache_format=cache_format))
 
 
-def test_a_length_beyond_the_logits_or_the_table_is_refused(c_implementation: CCpu) -> None:
+def test_a_length_beyond_the_logits_or_the_table_is_refused(c_cpu_implementation: CApi) -> None:
     for extra in (1, 10_000):
         arguments = IndexerCase(lengths=(100,), block_size=16).arguments()
         arguments["lengths"][0] = arguments["logits_width"] + extra
         with pytest.raises(Refused):
-            c_implementation.indexer_logits(**arguments)
+            c_cpu_implementation.indexer_logits(**arguments)
     arguments = IndexerCase(lengths=(100,), block_size=16).arguments()
     arguments["block_table"] = np.ascontiguousarray(arguments["block_table"][:, :3])
     with pytest.raises(Refused):
-        c_implementation.indexer_logits(**arguments)
+        c_cpu_implementation.indexer_logits(**arguments)
 
 
 def test_documented_hand_example(implementation: Implementation) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 
 from tests.kit.cases import IndexerCase, SparseMlaCase, TopkCase
 from tests.kit.compare import MeaninglessBound, assert_close, assert_same, assert_selects_best
-from tests.kit.poison import GuardedMemory, invalid_ids, poisoned_blocks, whole_memory, with_row_stride
+from tests.kit.headers import Headers
+from tests.kit.poison import GuardedMemory, invalid_ids, own_memory, poisoned_blocks, whole_memory, with_row_stride
 
 
 def close(actual: list[float], expected: list[float], bound: float = 1e-3) -> None:
@@ -103,3 +106,28 @@ def test_a_case_builds_the_same_arguments_every_time() -> None:
         for name, value in first.items():
             if isinstance(value, np.ndarray):
                 assert_same(np.ascontiguousarray(value), np.ascontiguousarray(second[name]), name)
+
+
+def test_memory_of_a_view_is_all_of_its_allocation_or_what_it_spans() -> None:
+    blocks = poisoned_blocks(3, (2, 5), np.uint16, gap_bytes=6)
+    assert own_memory(blocks).size == 2 * 26 + 20
+    assert whole_memory(blocks).size > own_memory(blocks).size
+    for shape in ((4, 6), (2, 3, 4)):  # NumPy makes the second with an object of its own in between
+        view = with_row_stride(np.zeros(shape, np.float32), padding=5)
+        whole, own = whole_memory(view), own_memory(view)
+        assert whole.size == shape[0] * (int(np.prod(shape[1:])) + 5) * 4
+        assert own.size == whole.size - 5 * 4
+        assert own.ctypes.data == view.ctypes.data
+        own[:] = 0x3F
+        assert np.all(view.copy().view(np.uint8) == 0x3F)
+    assert own_memory(view[:0]).size == 0
+
+
+def test_a_struct_inside_a_struct_has_fields_of_both_names() -> None:
+    headers = Headers()
+    outer, inner = "dsa_layer_write_params", "dsa_mla_cache_write_params"
+    fields = headers.fields(outer)
+    assert {f"latent.{name}" for name in headers.fields(inner)} < set(fields)
+    assert headers.structs[outer].index_key.offset == ctypes.sizeof(headers.structs[inner])
+    assert {"latent.rope", "index_query.weights"} <= headers.read_only(outer)
+    assert not {"latent.cache", "index_query.quantized", "latent.num_tokens"} & headers.read_only(outer)

@@ -7,10 +7,11 @@ import pytest
 
 from fastdeploy_dsa.ops import reference
 from fastdeploy_dsa.ops.reference.caches import LatentFields
+from tests.kit.c_api import CApi
 from tests.kit.cases import MlaCacheWriteCase, latent_cache
 from tests.kit.checks import check_mla_cache_write
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 from tests.kit.poison import POISON_BYTE
 
 FORMATS = ["fp8", "bfloat16", "float32"]
@@ -66,7 +67,7 @@ def test_strided_inputs_are_read_as_their_contiguous_copies(implementation: Impl
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_gaps_between_blocks_stay_as_they_are(c_implementation: CCpu, cache_format: str) -> None:
+def test_gaps_between_blocks_stay_as_they_are(c_implementation: CApi, cache_format: str) -> None:
     check_mla_cache_write(c_implementation, MlaCacheWriteCase(cache_format=cache_format, gap_bytes=48))
 
 
@@ -132,7 +133,7 @@ def test_rows_do_not_depend_on_the_batch_or_on_threads(implementation: Implement
         assert_same(alone["cache"], together["cache"], f"cache on {num_threads} threads")
 
 
-def test_rows_of_the_documented_example_lie_at_the_documented_bytes(c_implementation: CCpu) -> None:
+def test_rows_of_the_documented_example_lie_at_the_documented_bytes(c_implementation: CApi) -> None:
     # Check 7 of the DSA data flow: slot 197 with blocks of 64 rows.
     cache = latent_cache(4, 64, 512, 64, "fp8")
     latent, rope = np.ones((1, 512), np.float32), np.zeros((1, 64), np.float32)

@@ -20,7 +20,7 @@ from fastdeploy_dsa.ops.reference import (
     index_key_write,
 )
 from tests.kit.compare import assert_same
-from tests.kit.implementations import Implementation
+from tests.kit.implementation import Implementation
 
 FINITE_CODES = [code for code in range(256) if code & 0x7F != 0x7F]
 

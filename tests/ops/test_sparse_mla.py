@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from fastdeploy_dsa.ops import reference
+from tests.kit.c_api import CApi
 from tests.kit.cases import Format, SparseMlaCase
 from tests.kit.checks import check_attention, check_sparse_mla
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 from tests.kit.poison import invalid_ids
 
 FORMATS: list[Format] = ["fp8", "bfloat16", "float32"]
@@ -76,13 +77,13 @@ def test_ids_outside_the_cache_are_skipped(implementation: Implementation, inval
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_skipped_ids_leave_no_trace(implementation: Implementation, cache_format: Format) -> None:
+def test_skipped_ids_leave_no_trace(cpu_implementation: Implementation, cache_format: Format) -> None:
     arguments = SparseMlaCase(topk=300, invalid_every=4, num_heads=4, cache_format=cache_format).arguments()
-    out, lse = implementation.sparse_mla(**arguments)
+    out, lse = cpu_implementation.sparse_mla(**arguments)
     valid = [ids[(ids >= 0) & (ids < 2**30)] for ids in arguments["slot_ids"]]
     num_slots = arguments["latent_cache"].shape[0] * arguments["latent_cache"].shape[2]
     packed = np.stack([ids[ids < num_slots] for ids in valid])
-    packed_out, packed_lse = implementation.sparse_mla(**arguments | {"slot_ids": packed})
+    packed_out, packed_lse = cpu_implementation.sparse_mla(**arguments | {"slot_ids": packed})
     assert_same(out, packed_out, "out")
     assert_same(lse, packed_lse, "lse")
 
@@ -99,7 +100,7 @@ def test_dsa_t19_a_row_without_valid_ids_is_zero_with_lse_minus_infinity(
     assert not out[:4].any()
     assert np.all(np.isneginf(lse[:4]))
     assert np.all(np.isfinite(lse[4]))
-    check_attention(arguments, out, lse)
+    check_attention(arguments, out, lse, rounds_weights=implementation.rounds_weights(arguments))
 
 
 def test_dsa_t11_padding_rows_beside_others(implementation: Implementation) -> None:
@@ -120,7 +121,7 @@ def test_repeated_ids_count_repeatedly(implementation: Implementation) -> None:
     arguments = SparseMlaCase(num_tokens=1, topk=6, invalid_every=0).arguments()
     arguments["slot_ids"][0, 3:] = arguments["slot_ids"][0, 0]
     out, lse = implementation.sparse_mla(**arguments)
-    check_attention(arguments, out, lse)
+    check_attention(arguments, out, lse, rounds_weights=implementation.rounds_weights(arguments))
 
 
 @pytest.mark.parametrize("logit_size", [0.0, 1e-3, 5.0, 20.0])
@@ -163,7 +164,7 @@ def test_dsa_t14_plain_scales_are_read_as_they_are_stored(implementation: Implem
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_dsa_t13_gaps_between_blocks_are_not_read(c_implementation: CCpu, cache_format: Format) -> None:
+def test_dsa_t13_gaps_between_blocks_are_not_read(c_implementation: CApi, cache_format: Format) -> None:
     check_sparse_mla(c_implementation, SparseMlaCase(cache_format=cache_format, gap_bytes=48))
 
 
@@ -191,39 +192,41 @@ def test_dsa_s72_rows_do_not_depend_on_threads(
 @pytest.mark.parametrize("query_format", QUERY_FORMATS)
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_dsa_s72_rows_do_not_depend_on_the_rows_beside_them(
-    implementation: Implementation, cache_format: Format, query_format: Any
+    cpu_implementation: Implementation, cache_format: Format, query_format: Any
 ) -> None:
     counts = (400, 7, 0, 128, 129, 399, 1, 256, 300, 200, 64, 65)
     case = SparseMlaCase(
         num_tokens=12, num_heads=20, topk=400, counts=counts, cache_format=cache_format, query_format=query_format
     )
     arguments = case.arguments()
-    out, lse = implementation.sparse_mla(**arguments)
+    out, lse = cpu_implementation.sparse_mla(**arguments)
     for rows in ([0], [1], [3], [4, 2], [11, 0, 5], [6, 7, 8, 9], list(range(11))):
-        part_out, part_lse = implementation.sparse_mla(**rows_of(arguments, rows))
+        part_out, part_lse = cpu_implementation.sparse_mla(**rows_of(arguments, rows))
         assert_same(part_out, out[rows], f"out of rows {rows}")
         assert_same(part_lse, lse[rows], f"lse of rows {rows}")
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_a_head_does_not_depend_on_the_heads_beside_it(implementation: Implementation, cache_format: Format) -> None:
+def test_a_head_does_not_depend_on_the_heads_beside_it(
+    cpu_implementation: Implementation, cache_format: Format
+) -> None:
     arguments = SparseMlaCase(num_tokens=2, num_heads=37, topk=150, cache_format=cache_format).arguments()
-    out, lse = implementation.sparse_mla(**arguments)
+    out, lse = cpu_implementation.sparse_mla(**arguments)
     for heads in (slice(0, 1), slice(3, 4), slice(5, 22), slice(36, 37)):
         part = {"query": np.ascontiguousarray(arguments["query"][:, heads])}
-        part_out, part_lse = implementation.sparse_mla(**arguments | part)
+        part_out, part_lse = cpu_implementation.sparse_mla(**arguments | part)
         assert_same(part_out, np.ascontiguousarray(out[:, heads]), f"out of heads {heads}")
         assert_same(part_lse, np.ascontiguousarray(lse[:, heads]), f"lse of heads {heads}")
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_width_of_the_selection_behind_the_count_changes_nothing(
-    implementation: Implementation, cache_format: Format
+    cpu_implementation: Implementation, cache_format: Format
 ) -> None:
     arguments = SparseMlaCase(topk=600, counts=(130, 70, 1), num_heads=4, cache_format=cache_format).arguments()
-    out, lse = implementation.sparse_mla(**arguments)
+    out, lse = cpu_implementation.sparse_mla(**arguments)
     narrow = arguments | {"slot_ids": np.ascontiguousarray(arguments["slot_ids"][:, :130])}
-    narrow_out, narrow_lse = implementation.sparse_mla(**narrow)
+    narrow_out, narrow_lse = cpu_implementation.sparse_mla(**narrow)
     assert_same(narrow_out, out, "out")
     assert_same(narrow_lse, lse, "lse")
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fastdeploy_dsa.ops.reference import IndexSelection
 from tests.kit.cases import Scores, TopkCase
 from tests.kit.checks import assert_same_selection, check_topk_slots
-from tests.kit.implementations import Implementation
+from tests.kit.implementation import Implementation
 
 SCORES: list[Scores] = ["random", "plateau", "close", "special"]
 # One example is drawn per call of the test, and the implementation is the same object for all of them.

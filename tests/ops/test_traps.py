@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from fastdeploy_dsa.ops import reference
 from tests.kit import poison
+from tests.kit.c_api import CApi
 from tests.kit.cases import IndexerCase, SparseMlaCase, TopkCase
 from tests.kit.checks import assert_same_selection, check_topk_slots
 from tests.kit.compare import assert_same
-from tests.kit.implementations import CCpu, Implementation
+from tests.kit.implementation import Implementation
 
 
 def test_dsa_t05_rows_of_negative_scores_are_full(implementation: Implementation) -> None:
@@ -58,7 +59,7 @@ def test_dsa_t23_short_rows_in_a_wide_buffer(implementation: Implementation) -> 
 
 @pytest.mark.parametrize("fill", [0x00, 0x3C, 0x7F])
 def test_check_17_the_values_of_unused_bytes_change_nothing(
-    c_implementation: CCpu, monkeypatch: pytest.MonkeyPatch, fill: int
+    c_implementation: CApi, monkeypatch: pytest.MonkeyPatch, fill: int
 ) -> None:
     """Caches, gaps, workspaces and columns that nobody wrote, filled with 0xFF and with something else."""
     poisoned = results(c_implementation)
@@ -67,7 +68,7 @@ def test_check_17_the_values_of_unused_bytes_change_nothing(
         assert_same(array, poisoned[name], name)
 
 
-def results(implementation: CCpu) -> dict[str, NDArray[Any]]:
+def results(implementation: CApi) -> dict[str, NDArray[Any]]:
     """Of every op that reads a cache, without what the ops leave unwritten."""
     case = IndexerCase(lengths=(130, 0, 65), index_n_heads=8, gap_bytes=32)
     logits = implementation.indexer_logits(**case.arguments())

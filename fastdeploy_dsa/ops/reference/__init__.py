@@ -1,9 +1,9 @@
 """The definition of every op, in NumPy: slow, short and exact.
 
-The functions have the names and parameters of fastdeploy_dsa.ops without `cpu`. Arrays carry the formats: uint8 is
-packed e4m3 (or a cache of bytes), uint16 is packed bfloat16, float32 is itself. Number formats are exact to the bit;
-scores and attention are computed and returned in float64. Caches may have blocks that lie further apart than their
-size. Paddle is not imported.
+The functions have the names and parameters of fastdeploy_dsa.ops without `cpu` and `batch_invariant`. Arrays carry the
+formats: uint8 is packed e4m3 (or a cache of bytes), uint16 is packed bfloat16, float32 is itself. Number formats are
+exact to the bit; scores and attention are computed and returned in float64. Caches may have blocks that lie further
+apart than their size. Paddle is not imported.
 """
 
 from fastdeploy_dsa.ops.reference.attention import merge_attention, sparse_mla
@@ -21,6 +21,7 @@ from fastdeploy_dsa.ops.reference.indexer import (
     indexer_logits,
     topk_slots,
 )
+from fastdeploy_dsa.ops.reference.layer import layer_write
 from fastdeploy_dsa.ops.reference.number_formats import (
     bf16_decode,
     bf16_encode,
@@ -45,6 +46,7 @@ __all__ = [
     "index_query_quant",
     "index_select",
     "indexer_logits",
+    "layer_write",
     "merge_attention",
     "mla_cache_write",
     "read_index_keys",
