@@ -135,6 +135,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     formats = ("auto", *CACHE_FORMATS)
+    parser.add_argument("--device", default="cpu", help="Paddle's name of a device, such as gpu:0 (default: cpu)")
     parser.add_argument("--cache-dtype", choices=formats, default="auto", help="number format of the cache")
     parser.add_argument("--num-threads", type=int, default=0, help="0 (default) uses every processor")
 
@@ -183,6 +184,7 @@ def _generate(options: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p)
     llm = LLM(
         options.model or DEMO_MODEL,
+        device=options.device,
         cache_dtype=options.cache_dtype,
         num_threads=options.num_threads,
         seed=options.seed,
@@ -213,6 +215,7 @@ def _logits(options: argparse.Namespace) -> int:
     result = trace(
         options.model,
         token_ids,
+        device=options.device,
         cache_dtype=options.cache_dtype,
         chunk_size=options.chunk_size,
         steps=options.steps,

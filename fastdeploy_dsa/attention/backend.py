@@ -11,6 +11,7 @@ from paddle import Tensor
 
 from cache_manager import CacheTensorSpec, ordered_keys
 from fastdeploy_dsa.config import ModelConfig
+from fastdeploy_dsa.device import refusal
 from fastdeploy_dsa.ops import IndexSelection
 from fastdeploy_dsa.step import StepMetadata
 
@@ -22,6 +23,12 @@ class Support(NamedTuple):
 
     ok: bool
     reason: str = ""
+
+
+def kernel_support(device: str) -> Support:
+    """Whether the ops have kernels for a device."""
+    reason = refusal(device)
+    return Support(not reason, reason)
 
 
 class AttentionBackend(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from cache_manager import CacheTensorSpec
-from fastdeploy_dsa.attention.backend import KVCaches, Support
+from fastdeploy_dsa.attention.backend import KVCaches, Support, kernel_support
 from fastdeploy_dsa.attention.mla import MLAAttentionBackend
 from fastdeploy_dsa.cache_layout import dsa_specs, owning_layers
 from fastdeploy_dsa.config import DsaConfig, ModelConfig
@@ -54,7 +54,7 @@ class DSAAttentionBackend(MLAAttentionBackend):
         """Latent attention with an indexer."""
         if not isinstance(config, DsaConfig):
             return Support(False, "the model has no indexer over latent attention")
-        return Support(device == "cpu", "" if device == "cpu" else f"no kernels for device {device!r}")
+        return kernel_support(device)
 
     def cache_spec(
         self, layer_ids: tuple[int, ...], cache_dtype: str | None = None, kv_cache_quant_type: str | None = None

@@ -7,7 +7,7 @@ import paddle
 from paddle import Tensor
 
 from cache_manager import CacheTensorSpec
-from fastdeploy_dsa.attention.backend import AttentionBackend, KVCaches, Support
+from fastdeploy_dsa.attention.backend import AttentionBackend, KVCaches, Support, kernel_support
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS, mla_specs
 from fastdeploy_dsa.config import DsaConfig, MlaConfig, ModelConfig
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions, IndexSelection, mla_cache_write, sparse_mla
@@ -60,7 +60,7 @@ class MLAAttentionBackend(AttentionBackend):
             return Support(False, "the model has no latent attention")
         if isinstance(config, DsaConfig):
             return Support(False, "the model selects tokens with an indexer")
-        return Support(device == "cpu", "" if device == "cpu" else f"no kernels for device {device!r}")
+        return kernel_support(device)
 
     def cache_spec(
         self, layer_ids: tuple[int, ...], cache_dtype: str | None = None, kv_cache_quant_type: str | None = None

@@ -7,6 +7,7 @@ from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.gqa import GQAAttentionBackend
 from fastdeploy_dsa.attention.mla import MLAAttentionBackend
 from fastdeploy_dsa.config import DsaConfig, ModelConfig
+from fastdeploy_dsa.device import CPU
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions
 
 BACKENDS: tuple[type[AttentionBackend], ...] = (DSAAttentionBackend, MLAAttentionBackend, GQAAttentionBackend)
@@ -28,20 +29,26 @@ def select_backend(config: ModelConfig, device: str) -> type[AttentionBackend]:
 
 
 def create_attention_backend(
-    config: ModelConfig, *, cache_dtype: CacheFormat, block_size: int = 64, cpu: CpuOptions | None = None
+    config: ModelConfig,
+    *,
+    cache_dtype: CacheFormat,
+    block_size: int = 64,
+    cpu: CpuOptions | None = None,
+    device: str = CPU,
 ) -> AttentionBackend:
-    """Make the backend that serves the model on this machine's CPU.
+    """Make the backend that serves the model on a device.
 
     Args:
         config: The model.
         cache_dtype: Number format of the caches.
         block_size: Tokens of a cache block.
         cpu: Options of the CPU ops.
+        device: Paddle's name of the device.
 
     Raises:
         ValueError: No backend serves the model, or a size does not fit the format.
     """
-    backend = select_backend(config, "cpu")
+    backend = select_backend(config, device)
     if not (issubclass(backend, DSAAttentionBackend) and isinstance(config, DsaConfig)):
         raise ValueError(f"{config.architecture}: {backend.__name__} is made by its host framework")
     made = backend(

@@ -9,8 +9,10 @@ from typing import Any
 
 from cache_manager import CacheManager
 from fastdeploy_dsa.byte_sizes import read_bytes
+from fastdeploy_dsa.device import CPU, use_device
 from fastdeploy_dsa.engine.cache_stats import EngineCacheStats
 from fastdeploy_dsa.engine.core import EngineCore, TimeSplit
+from fastdeploy_dsa.engine.decode_graphs import DecodeLimits
 from fastdeploy_dsa.engine.detokenizer import Detokenizer
 from fastdeploy_dsa.engine.loading import CacheOptions, load_runner, read_cache_dtype, read_model_config
 from fastdeploy_dsa.engine.outputs import RequestDelta, RequestOutput
@@ -38,6 +40,7 @@ class LLM:
         self,
         model: str | Path,
         *,
+        device: str = CPU,
         cache_dtype: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 64,
@@ -57,7 +60,8 @@ class LLM:
 
         Args:
             model: A Hugging Face folder: config.json, safetensors files, and tokenizer.json for prompts that are text.
-            cache_dtype: "float32", "bfloat16" or "fp8"; "auto" is float32 on the CPU.
+            device: Paddle's name of the device that computes, such as "cpu" or "gpu:0"; for the whole process.
+            cache_dtype: "float32", "bfloat16" or "fp8"; "auto" is float32 on the CPU and fp8 on a GPU.
             max_model_len: Tokens of a request, prompt and continuation; None: the model's max_position_embeddings.
             block_size: Tokens of a cache block.
             num_blocks: Blocks of the cache; None: enough for max_num_seqs requests of max_model_len tokens, as far as
@@ -82,7 +86,8 @@ class LLM:
         folder = Path(model)
         self._seed = require_int("seed", seed, low=0, high=MAX_SEED)
         self._progress = progress
-        cache_format = read_cache_dtype(cache_dtype)
+        device = use_device(device)
+        cache_format = read_cache_dtype(cache_dtype, device)
         cache_bytes = read_bytes("cache_memory", cache_memory)
         host_bytes = read_bytes("swap_space", swap_space, low=0)
         is_prefix_cached = require_bool("enable_prefix_caching", enable_prefix_caching)
@@ -103,6 +108,7 @@ class LLM:
             cache_dtype=cache_format,
             block_size=limits.block_size,
             num_threads=require_int("num_threads", num_threads, low=0),
+            device=device,
             num_blocks=None if num_blocks is None else require_int("num_blocks", num_blocks, low=1),
             memory_bytes=cache_bytes,
             wanted_blocks=limits.max_num_seqs * limits.num_blocks(limits.max_model_len),
@@ -112,7 +118,13 @@ class LLM:
         self._reader = PromptReader(
             self._tokenizer, reason, vocab_size=self.config.vocab_size, max_model_len=limits.max_model_len
         )
-        loaded = load_runner(folder, config=self.config, options=options, progress=progress)
+        loaded = load_runner(
+            folder,
+            config=self.config,
+            options=options,
+            progress=progress,
+            decode_limits=DecodeLimits(limits.max_num_seqs, limits.max_model_len, limits.block_size),
+        )
         self._max_cached_tokens = loaded.num_blocks * limits.block_size
         self._max_model_len = limits.max_model_len
         self._cache = CacheManager(

@@ -13,20 +13,22 @@ from fastdeploy_dsa.attention.select import create_attention_backend
 from fastdeploy_dsa.block_copier import PaddleBlockCopier
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
 from fastdeploy_dsa.config import DsaConfig
+from fastdeploy_dsa.device import CPU
+from fastdeploy_dsa.engine.decode_graphs import DecodeLimits, paddle_graphs
 from fastdeploy_dsa.engine.progress import ProgressBar
 from fastdeploy_dsa.engine.runner import ModelRunner
 from fastdeploy_dsa.models import load_model
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions
 
 
-def read_cache_dtype(name: object) -> CacheFormat:
-    """The cache format of a name; "auto" is float32, which the CPU computes in.
+def read_cache_dtype(name: object, device: str) -> CacheFormat:
+    """The cache format of a name; "auto" is what the device computes in: float32 on the CPU, fp8 on a GPU.
 
     Raises:
         ValueError: The name is unknown.
     """
     if name == "auto":
-        return "float32"
+        return "float32" if device == CPU else "fp8"
     for cache_format in CACHE_FORMATS:
         if name == cache_format:
             return cache_format
@@ -55,6 +57,7 @@ class CacheOptions:
         cache_dtype: Format of the entries.
         block_size: Tokens of a block.
         num_threads: Of the CPU ops; 0 means every processor the process may run on.
+        device: Where model and cache are, Paddle's name.
         num_blocks: Blocks; None: as many as memory_bytes holds, but no more than wanted_blocks.
         memory_bytes: What the cache may take, all layers together.
         wanted_blocks: Blocks with which nothing ever has to wait.
@@ -64,6 +67,7 @@ class CacheOptions:
     cache_dtype: CacheFormat
     block_size: int
     num_threads: int
+    device: str
     num_blocks: int | None
     memory_bytes: int = 0
     wanted_blocks: int = 0
@@ -88,8 +92,10 @@ class CacheOptions:
         """Blocks of the host tier.
 
         Raises:
-            ValueError: There should be some, but not even one fits.
+            ValueError: There should be some, but not even one fits, or nothing copies between device and host.
         """
+        if self.host_bytes > 0 and self.device != CPU:
+            raise ValueError(f"swap_space: expected 0 on device {self.device!r}, got {self.host_bytes} bytes")
         if 0 < self.host_bytes < bytes_per_block:
             raise ValueError(
                 f"swap_space: expected 0 or room for a block of {self.block_size} tokens ({bytes_per_block} bytes), "
@@ -113,8 +119,17 @@ class LoadedModel:
     num_blocks: int
 
 
-def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progress: bool | None) -> LoadedModel:
+def load_runner(
+    folder: Path,
+    *,
+    config: DsaConfig,
+    options: CacheOptions,
+    progress: bool | None,
+    decode_limits: DecodeLimits | None = None,
+) -> LoadedModel:
     """Load the weights and allocate the cache.
+
+    Decode steps within decode_limits are captured as graphs where device and model allow it.
 
     Raises:
         ValueError: As load_model and create_attention_backend, or the cache or its host tier is too small for a block.
@@ -127,6 +142,7 @@ def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progr
         cache_dtype=options.cache_dtype,
         block_size=options.block_size,
         cpu=cpu,
+        device=options.device,
     )
     num_layers = model.config.num_hidden_layers
     bytes_per_block = backend.bytes_per_block(num_layers)
@@ -138,5 +154,12 @@ def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progr
         controller.initialize_host_cache()
     except HostAllocationFailed as failure:
         logging.getLogger(__name__).warning("%s; going on without swap_space", failure)
-    runner = ModelRunner(model, backend, controller.caches, block_size=options.block_size)
+    runner = ModelRunner(
+        model,
+        backend,
+        controller.caches,
+        block_size=options.block_size,
+        decode_limits=decode_limits,
+        make_graph=paddle_graphs(options.device, model.capture_refusal),
+    )
     return LoadedModel(runner, controller, num_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
+from fastdeploy_dsa.engine.decode_graphs import DecodeGraphs, DecodeLimits, Graph
 from fastdeploy_dsa.engine.scheduler import Chunk
 from fastdeploy_dsa.ops import IndexSelection
 from fastdeploy_dsa.step import StepMetadata
@@ -97,7 +99,14 @@ class ModelRunner:
     """A model with its attention backend and cache."""
 
     def __init__(
-        self, model: CausalLM, attn_backend: Any, caches: Mapping[tuple[str, int], Tensor], *, block_size: int
+        self,
+        model: CausalLM,
+        attn_backend: Any,
+        caches: Mapping[tuple[str, int], Tensor],
+        *,
+        block_size: int,
+        decode_limits: DecodeLimits | None = None,
+        make_graph: Callable[[], Graph] | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -106,11 +115,17 @@ class ModelRunner:
             attn_backend: Its AttentionBackend.
             caches: Cache tensors by (role, layer id).
             block_size: Tokens of a cache block.
+            decode_limits: The largest decode step.
+            make_graph: From `paddle_graphs`; None, or no decode_limits: decode steps are not captured.
         """
         self._model = model
         self._attn_backend = attn_backend
         self._caches = caches
         self._block_size = block_size
+        self._graphs = None
+        if decode_limits is not None and make_graph is not None:
+            forward = partial(model.forward, attn_backend=attn_backend, caches=caches)
+            self._graphs = DecodeGraphs(lambda step: forward(step=step), decode_limits, make_graph)
 
     def run(
         self,
@@ -129,21 +144,12 @@ class ModelRunner:
         Returns:
             [R, vocab_size] float32, logits of inputs.logits_rows.
         """
-        step = StepMetadata.build(
-            token_ids=inputs.token_ids,
-            positions=inputs.positions,
-            request_ids=inputs.request_ids,
-            block_table=inputs.block_table,
-            block_size=self._block_size,
-        )
         with paddle.no_grad():
-            hidden = self._model.forward(
-                step=step,
-                attn_backend=self._attn_backend,
-                caches=self._caches,
-                before_layer=before_layer,
-                on_selection=on_selection,
-            )
+            if self._graphs is not None and on_selection is None and self._graphs.takes(inputs):
+                self._announce_layers(before_layer)
+                hidden = self._graphs.run(inputs)
+            else:
+                hidden = self._run_eagerly(inputs, before_layer, on_selection)
             rows = inputs.logits_rows
             if len(rows) == 0:  # only unfinished prefill chunks; .shape of an empty gather differs between places
                 return np.empty((0, 0), np.float32)
@@ -151,3 +157,30 @@ class ModelRunner:
                 hidden = paddle.index_select(hidden, paddle.to_tensor(rows))
             logits: npt.NDArray[np.float32] = self._model.compute_logits(hidden).numpy()
         return logits
+
+    def _run_eagerly(
+        self,
+        inputs: StepInputs,
+        before_layer: Callable[[int], None] | None,
+        on_selection: Callable[[int, IndexSelection], None] | None,
+    ) -> Tensor:
+        step = StepMetadata.build(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            request_ids=inputs.request_ids,
+            block_table=inputs.block_table,
+            block_size=self._block_size,
+        )
+        return self._model.forward(
+            step=step,
+            attn_backend=self._attn_backend,
+            caches=self._caches,
+            before_layer=before_layer,
+            on_selection=on_selection,
+        )
+
+    def _announce_layers(self, before_layer: Callable[[int], None] | None) -> None:
+        """A replayed graph accesses all layers without a stop in between."""
+        if before_layer is not None:
+            for layer in sorted({layer for _, layer in self._caches}):
+                before_layer(layer)

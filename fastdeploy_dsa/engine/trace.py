@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from fastdeploy_dsa.device import CPU, use_device
 from fastdeploy_dsa.engine.loading import CacheOptions, load_runner, read_cache_dtype, read_model_config
 from fastdeploy_dsa.engine.prompts import check_token_ids
 from fastdeploy_dsa.engine.runner import ModelRunner, StepInputs
@@ -98,6 +99,7 @@ def trace(
     model: str | Path,
     token_ids: Sequence[int],
     *,
+    device: str = CPU,
     cache_dtype: str = "auto",
     chunk_size: int | None = None,
     steps: int = 0,
@@ -110,6 +112,7 @@ def trace(
     Args:
         model: A model folder.
         token_ids: The prompt.
+        device: As LLM.
         cache_dtype: As LLM.
         chunk_size: Prompt tokens of a step; None: all.
         steps: Decode steps.
@@ -121,7 +124,8 @@ def trace(
         ValueError: An argument or the model is refused.
         NonFiniteLogitsError: A logit is NaN or infinite.
     """
-    cache_format = read_cache_dtype(cache_dtype)
+    device = use_device(device)
+    cache_format = read_cache_dtype(cache_dtype, device)
     chunk = None if chunk_size is None else require_int("chunk_size", chunk_size, low=1)
     require_int("steps", steps, low=0)
     folder = Path(model)
@@ -138,6 +142,7 @@ def trace(
         cache_dtype=cache_format,
         block_size=_BLOCK_SIZE,
         num_threads=require_int("num_threads", num_threads, low=0),
+        device=device,
         num_blocks=num_blocks,
     )
     loaded = load_runner(folder, config=config, options=options, progress=progress)

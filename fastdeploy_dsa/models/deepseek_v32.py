@@ -186,6 +186,13 @@ class DeepseekV32ForCausalLM:
         ]
         self._rotary = RotaryTable(config.rope, config.qk_rope_head_dim)
 
+    @property
+    def capture_refusal(self) -> str:
+        """Why a step cannot be captured as a graph; empty if it can."""
+        if any(kind != "dense" for kind in self.config.mlp_layer_types):
+            return "the host chooses the experts of mixture-of-experts layers"
+        return ""
+
     def forward(
         self,
         *,
