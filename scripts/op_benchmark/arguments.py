@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from tests.kit.implementations import PaddleOps
+from tests.kit.paddle_ops import PaddleOps
 
 Arguments = dict[str, Any]
 

@@ -15,7 +15,7 @@ from scripts.op_benchmark.timing import Work
 from tests.kit import checks
 from tests.kit.cases import IndexerCase, TopkCase
 from tests.kit.compare import assert_selects_best
-from tests.kit.implementations import PaddleOps
+from tests.kit.paddle_ops import PaddleOps
 from tests.kit.tolerances import indexer_logits_bound
 
 INDEXER_BYTES = {"fp8": 1, "bfloat16": 2, "float32": 4}

@@ -1,0 +1,1 @@
+"""What scripts/bench_gpu.py measures: a file for each section, and the rooms they share."""
