@@ -55,8 +55,21 @@ def index_query() -> Arguments:
     }
 
 
-# Arguments that fit, built anew for every test.
-FITTING: dict[str, Callable[[], Arguments]] = {
+def on_the_cpu(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
+    """Make tensors on the CPU, also where Paddle would make them on a GPU."""
+
+    def made() -> Arguments:
+        device = paddle.get_device()
+        paddle.set_device("cpu")
+        try:
+            return make()
+        finally:
+            paddle.set_device(device)
+
+    return made
+
+
+_FITTING: dict[str, Callable[[], Arguments]] = {
     "mla_cache_write": lambda: {
         "latent": paddle.randn([T, LORA]),
         "rope": paddle.randn([T, ROPE]),
@@ -107,6 +120,8 @@ FITTING: dict[str, Callable[[], Arguments]] = {
         "dst_block_ids": paddle.to_tensor([2, 1]),
     },
 }
+# Arguments that fit, built anew for every test.
+FITTING = {op: on_the_cpu(make) for op, make in _FITTING.items()}
 IN_PLACE = {
     "mla_cache_write": ("cache",),
     "index_key_write": ("cache",),

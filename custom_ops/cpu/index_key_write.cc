@@ -3,7 +3,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 #include "quantize.h"
-#include "sizes.h"
+#include "write_checks.h"
 
 namespace {
 
@@ -11,20 +11,6 @@ using dsa::RowCodec;
 
 constexpr int64_t kTokensPerTask = 64; /* some microseconds of work, enough to pay for a task */
 constexpr double kNanosecondsPerToken = 100;
-
-dsa_status check(const dsa_index_key_write_params& p) {
-    if (p.input_format != DSA_FLOAT32 && p.input_format != DSA_BFLOAT16) return DSA_BAD_FORMAT;
-    if (p.cache_format == DSA_FP8 && p.scale_format != DSA_SCALE_UE8M0 && p.scale_format != DSA_SCALE_PLAIN)
-        return DSA_BAD_FORMAT;
-    const dsa_status cache_status = dsa::check_index_cache(p.cache_format, p.num_blocks, p.block_stride_bytes,
-                                                           p.block_size, p.index_head_dim);
-    if (cache_status != DSA_OK) return cache_status;
-    if (!dsa::is_count(p.num_tokens)) return DSA_BAD_SHAPE;
-    if (!dsa::rows_fit(p.num_tokens, p.key_stride, p.index_head_dim)) return DSA_BAD_SHAPE;
-    if (p.num_tokens > 0 && (!p.key || !p.slot_mapping)) return DSA_NULL_POINTER;
-    if (p.num_tokens > 0 && p.num_blocks > 0 && !p.cache) return DSA_NULL_POINTER;
-    return DSA_OK;
-}
 
 void write_key(const dsa_index_key_write_params& p, const RowCodec& codec, const void* key, uint8_t* block,
                int64_t offset) {
@@ -49,7 +35,7 @@ size_t dsa_index_key_write_params_size(void) { return sizeof(dsa_index_key_write
 dsa_status dsa_index_key_write_cpu(const dsa_index_key_write_params* params, const dsa_cpu_options* options) {
     if (!params || !options) return DSA_NULL_POINTER;
     const dsa_index_key_write_params& p = *params;
-    if (const dsa_status status = check(p)) return status;
+    if (const dsa_status status = dsa::check_index_key_write(p)) return status;
     const dsa_isa isa = dsa::resolve_isa(options);
     if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;
 

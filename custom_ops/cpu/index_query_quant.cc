@@ -5,7 +5,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 #include "quantize.h"
-#include "sizes.h"
+#include "write_checks.h"
 
 namespace {
 
@@ -13,17 +13,6 @@ using dsa::RowCodec;
 
 constexpr int64_t kTokensPerTask = 4; /* some microseconds of work, enough to pay for a task */
 constexpr double kNanosecondsPerHead = 80;
-
-dsa_status check(const dsa_index_query_quant_params& p) {
-    if (p.input_format != DSA_FLOAT32 && p.input_format != DSA_BFLOAT16) return DSA_BAD_FORMAT;
-    if (p.output_format < DSA_FLOAT32 || p.output_format > DSA_FP8) return DSA_BAD_FORMAT;
-    if (!dsa::index_rows_fit(p.num_tokens, p.index_n_heads, p.index_head_dim)) return DSA_BAD_SHAPE;
-    const int64_t query_width = (int64_t)p.index_n_heads * p.index_head_dim;
-    if (!dsa::rows_fit(p.num_tokens, p.query_stride, query_width)) return DSA_BAD_SHAPE;
-    if (!dsa::rows_fit(p.num_tokens, p.weights_stride, p.index_n_heads)) return DSA_BAD_SHAPE;
-    if (p.num_tokens > 0 && (!p.query || !p.weights || !p.quantized || !p.folded_weights)) return DSA_NULL_POINTER;
-    return DSA_OK;
-}
 
 /* Quantizes one head's query as number `row` of the output; returns the factor its weight has to absorb. */
 float quantize_head(const dsa_index_query_quant_params& p, const RowCodec& codec, const void* query, int64_t row) {
@@ -58,7 +47,7 @@ size_t dsa_index_query_quant_params_size(void) { return sizeof(dsa_index_query_q
 dsa_status dsa_index_query_quant_cpu(const dsa_index_query_quant_params* params, const dsa_cpu_options* options) {
     if (!params || !options) return DSA_NULL_POINTER;
     const dsa_index_query_quant_params& p = *params;
-    if (const dsa_status status = check(p)) return status;
+    if (const dsa_status status = dsa::check_index_query_quant(p)) return status;
     const dsa_isa isa = dsa::resolve_isa(options);
     if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;
 

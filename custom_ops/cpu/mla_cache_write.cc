@@ -3,30 +3,15 @@
 #include <string.h>
 
 #include "dispatch.h"
-#include "latent_cache.h"
 #include "parallel.h"
 #include "quantize.h"
+#include "write_checks.h"
 
 namespace dsa {
 namespace {
 
 constexpr int64_t kTokensPerTask = 32; /* ten microseconds of work: far above the cost of handing out a task */
 constexpr double kNanosecondsPerToken = 300;
-
-dsa_status check(const dsa_mla_cache_write_params& p, LatentLayout* layout) {
-    if (p.input_format != DSA_FLOAT32 && p.input_format != DSA_BFLOAT16) return DSA_BAD_FORMAT;
-    const dsa_status status = make_latent_layout(p.cache_format, p.kv_lora_rank, p.qk_rope_head_dim, p.num_blocks,
-                                                 p.block_size, p.block_stride_bytes, layout);
-    if (status != DSA_OK) return status;
-    if (p.cache_format == DSA_FP8 && p.scale_format != DSA_SCALE_UE8M0 && p.scale_format != DSA_SCALE_PLAIN)
-        return DSA_BAD_FORMAT;
-    if (!is_count(p.num_tokens)) return DSA_BAD_SHAPE;
-    if (!rows_fit(p.num_tokens, p.latent_stride, p.kv_lora_rank)) return DSA_BAD_SHAPE;
-    if (!rows_fit(p.num_tokens, p.rope_stride, p.qk_rope_head_dim)) return DSA_BAD_SHAPE;
-    if (p.num_tokens == 0) return DSA_OK;
-    if (p.latent == nullptr || p.rope == nullptr || p.slot_mapping == nullptr) return DSA_NULL_POINTER;
-    return p.cache == nullptr && p.num_blocks > 0 ? DSA_NULL_POINTER : DSA_OK;
-}
 
 /* A NaN in the group makes the scale NaN. */
 float latent_scale(float amax, dsa_scale_format scale_format) {
@@ -84,7 +69,7 @@ dsa_status dsa_mla_cache_write_cpu(const dsa_mla_cache_write_params* params, con
     using namespace dsa;
     if (params == nullptr || options == nullptr) return DSA_NULL_POINTER;
     LatentLayout layout;
-    const dsa_status status = check(*params, &layout);
+    const dsa_status status = check_mla_cache_write(*params, &layout);
     if (status != DSA_OK) return status;
     const dsa_isa isa = resolve_isa(options);
     if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;

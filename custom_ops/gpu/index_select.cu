@@ -37,6 +37,11 @@ int64_t score_width(const dsa_index_select_params& p) {
 
 bool needs_scores(const dsa_index_select_params& p) { return score_width(p) > p.topk; }
 
+/* Scoring the short ones of a few rows takes less than the launch that would leave them out; nobody reads their scores. */
+constexpr int64_t kFewScores = 1 << 15;
+
+bool leaves_out_short_rows(const dsa_index_select_params& p, int64_t num_rows) { return num_rows * p.topk > kFewScores; }
+
 dsa_indexer_logits_params logits_params(const dsa_index_select_params& p, const Plan& plan) {
     dsa_indexer_logits_params q = {};
     q.index_cache = p.index_cache;
@@ -127,11 +132,15 @@ dsa_status select_rows(const dsa_index_select_params& p, const Plan& plan, int64
     float* logits = (float*)workspace;
     void* scratch = workspace + plan.logits_bytes + plan.scored_bytes;
     if (needs_scores(p)) {
-        int32_t* scored = (int32_t*)(workspace + plan.logits_bytes);
-        constexpr int32_t kThreads = 256;
-        scored_lengths_kernel<<<(unsigned)((num_rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-            p.lengths + first_row, scored, num_rows, p.topk);
-        if (const dsa_status status = launched(stream)) return status;
+        const int32_t* scored = p.lengths + first_row;
+        if (leaves_out_short_rows(p, num_rows)) {
+            int32_t* long_lengths = (int32_t*)(workspace + plan.logits_bytes);
+            constexpr int32_t kThreads = 256;
+            scored_lengths_kernel<<<(unsigned)((num_rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+                scored, long_lengths, num_rows, p.topk);
+            if (const dsa_status status = launched(stream)) return status;
+            scored = long_lengths;
+        }
 
         dsa_indexer_logits_params score = logits_params(p, plan);
         const int64_t row_bytes = (int64_t)p.index_n_heads * p.index_head_dim * number_bytes(p.cache_format);
@@ -147,7 +156,7 @@ dsa_status select_rows(const dsa_index_select_params& p, const Plan& plan, int64
     }
 
     dsa_topk_slots_params topk = topk_params(p, plan);
-    topk.logits = needs_scores(p) ? logits : p.folded_weights; /* some address: no row is longer than topk, none is read */
+    topk.logits = needs_scores(p) ? logits : p.folded_weights; /* else some address: no row is read */
     topk.lengths = p.lengths + first_row;
     topk.request_ids = p.request_ids + first_row;
     topk.positions = p.positions + first_row * p.topk;
@@ -179,7 +188,8 @@ dsa_status dsa_index_select_cuda(const dsa_index_select_params* params, void* st
     for (int64_t first = 0; first < p.num_tokens; first += plan.rows_per_pass) {
         const int64_t left = p.num_tokens - first;
         const int64_t num_rows = left < plan.rows_per_pass ? left : plan.rows_per_pass;
-        if (const dsa_status status = dsa::gpu::select_rows(p, plan, first, num_rows, (cudaStream_t)stream)) return status;
+        const dsa_status status = dsa::gpu::select_rows(p, plan, first, num_rows, (cudaStream_t)stream);
+        if (status != DSA_OK) return status;
     }
     return DSA_OK;
 }

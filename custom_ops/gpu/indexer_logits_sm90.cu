@@ -4,36 +4,48 @@ namespace dsa {
 namespace gpu {
 namespace {
 
-/* How a CTA shares its work: kWarpgroups warpgroups multiply, one more warp copies keys. A warpgroup multiplies a tile of
- * keys by kParts times kPartRows rows, kPartRows * kHeads columns at a time. */
-template <int kHeadsPadded, int kWarpgroupCount, int kPartCount, int kRowsOfPart, int kStageCount, int kBlockCount>
+/* How a CTA shares its work: kWarpgroups warpgroups multiply, one more warp copies what they need. A warpgroup multiplies
+ * a tile of keys by kRows rows of queries at once. */
+template <int kHeadsPadded, int kWarpgroupCount, int kRowsOfWarpgroup, int kStageCount, int kBufferCount, int kBlockCount>
 struct Shape {
     static constexpr int kHeads = kHeadsPadded;
     static constexpr int kWarpgroups = kWarpgroupCount;
-    static constexpr int kParts = kPartCount;
-    static constexpr int kPartRows = kRowsOfPart;
+    static constexpr int kRows = kRowsOfWarpgroup;
+    static constexpr int kGroupRows = kWarpgroups * kRows; /* rows of a group */
     static constexpr int kStages = kStageCount;
-    static constexpr int kBlocks = kBlockCount; /* of a multiprocessor */
-    static constexpr int kWarpgroupRows = kParts * kPartRows;
-    static constexpr int kRows = kWarpgroups * kWarpgroupRows;
-    static constexpr int kReaders = kWarpgroups * 128;
-    static constexpr int kThreads = kReaders + 32;
-    static constexpr int kReaderBarrier = 1; /* a named barrier; 0 is __syncthreads */
+    static constexpr int kBuffers = kBufferCount; /* of queries */
+    static constexpr int kBlocks = kBlockCount;   /* of a multiprocessor */
+    static constexpr int kReaderWarps = kWarpgroups * 4;
+    static constexpr int kThreads = kReaderWarps * 32 + 32;
+    using Part = Columns<kRows, kHeads>; /* of one warpgroup */
+};
+
+/* What the warpgroups do next. */
+template <typename S>
+struct alignas(8) Work {
+    float weights[S::kGroupRows * S::kHeads]; /* first: read in pairs */
+    int32_t lengths[S::kGroupRows];
+    int32_t first_row;
+    int32_t num_rows;
+    int32_t first_tile;
+    int32_t num_tiles; /* 0: nothing more */
+
+    /* In a run of few rows all warpgroups have the same ones and take turns at the tiles. */
+    __device__ __forceinline__ static bool takes_turns(int32_t num_rows) {
+        return S::kWarpgroups > 1 && num_rows <= S::kRows;
+    }
 };
 
 template <typename S>
 struct Shared {
-    uint8_t query[S::kRows * S::kHeads * kDim]; /* first: 1024-byte aligned */
-    KeyRing<S::kStages, S::kReaders / 32> ring;
-    float weights[S::kRows * S::kHeads];
-    ScheduleShared<S::kRows> schedule;
-    Walk<S::kRows> walks[2]; /* of the filling warp, of the warpgroups: one thread walks for all, to spare registers */
-    Segment segments[2];
-    bool is_segment[2];
-
-    __device__ __forceinline__ void next_segment(const IndexerLogitsArguments& a, int who) {
-        is_segment[who] = walks[who].next(a, segments[who]);
-    }
+    uint8_t query[S::kBuffers][S::kWarpgroups][S::Part::kBytes]; /* first: 1024-byte aligned */
+    KeyRing<S::kStages> ring;
+    Work<S> works[S::kBuffers];
+    RingBarriers<S::kBuffers> work_barriers;
+    ScheduleShared<S::kGroupRows> schedule;
+    Walk<S::kGroupRows> walk;
+    Segment segment;
+    bool is_segment;
 };
 
 template <typename S>
@@ -45,10 +57,12 @@ __device__ __forceinline__ uint8_t* aligned_shared(uint8_t* raw) {
     return raw + (1024 - shared_address(raw) % 1024) % 1024;
 }
 
-/* Block ids and queries start on their way to the L2 while the schedule is made; every thread takes one line. */
+/* Block ids and queries start on their way to the L2 while the filling warp makes the schedule; every reading thread takes
+ * one line of each. */
+template <typename S>
 __device__ __forceinline__ void prefetch_inputs(const IndexerLogitsArguments& a) {
     constexpr int64_t kLine = 128;
-    const int64_t line = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * kLine;
+    const int64_t line = ((int64_t)blockIdx.x * S::kReaderWarps * 32 + threadIdx.x) * kLine;
     const auto prefetch = [&](const void* array, int64_t bytes) {
         if (line < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t*)array + line));
     };
@@ -56,140 +70,227 @@ __device__ __forceinline__ void prefetch_inputs(const IndexerLogitsArguments& a)
     prefetch(a.query, (int64_t)a.num_tokens * a.index_n_heads * kDim);
 }
 
-/* The filling warp. */
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/* ---- copies ---- */
+
+/* One warp sends work number n: queries, weights and lengths of `segment`, or the end where there is none. `rows` holds the
+ * segment's rows. */
 template <typename S>
-__device__ __forceinline__ void fill_ring(const IndexerLogitsArguments& a, const CUtensorMap& cache, Shared<S>& shared) {
-    const bool is_lane_0 = threadIdx.x % 32 == 0;
-    uint32_t position = 0;
-    while (true) {
-        if (is_lane_0) shared.next_segment(a, 0);
-        __syncwarp();
-        if (!shared.is_segment[0]) break;
-        TileIds ids(a, shared.segments[0]);
-#pragma unroll 1
-        for (int32_t i = 0; i < ids.count; ++i, ++position) {
-            const int32_t block = ids.block(i);
-            if (is_lane_0) shared.ring.fill(a, cache, position, block, ids.part(i));
+__device__ __forceinline__ void send_work(const IndexerLogitsArguments& a, const CUtensorMap& queries, Shared<S>& shared,
+                                          uint32_t n, bool is_segment, const Segment& segment,
+                                          const RowGroup<S::kGroupRows>& rows) {
+    const int lane = threadIdx.x % 32, buffer = n % S::kBuffers;
+    const uint32_t barrier = shared.work_barriers.filled(n);
+    Work<S>& work = shared.works[buffer];
+    const Run run = segment.run;
+    shared.work_barriers.await_empty(n);
+    if (is_segment && lane == 0) {
+        barrier_arrive_expect(barrier, S::kWarpgroups * S::kRows * S::kHeads * kDim);
+#pragma unroll
+        for (int w = 0; w < S::kWarpgroups; ++w) {
+            const int32_t row = run.first_row + (Work<S>::takes_turns(run.num_rows) ? 0 : w * S::kRows);
+            copy_box(shared_address(shared.query[buffer][w]), queries, 0, row, barrier);
         }
-        __syncwarp();
+    }
+    __syncwarp();
+    if (is_segment) {
+#pragma unroll 4
+        for (int i = lane; i < S::kGroupRows * S::kHeads; i += 32) {
+            const int row = i / S::kHeads, head = i % S::kHeads;
+            const bool is_weight = row < run.num_rows && head < a.index_n_heads;
+            const int64_t index = is_weight ? (int64_t)(run.first_row + row) * a.index_n_heads + head : 0;
+            copy_async_4_or_zero(shared_address(&work.weights[i]), a.folded_weights + index, is_weight);
+        }
+        copy_async_arrive(barrier);
+        int32_t length = 0; /* of row `lane` of the run */
+#pragma unroll
+        for (int i = 0; i < S::kGroupRows; ++i)
+            if (rows.first_row + i == run.first_row + lane && lane < run.num_rows) length = rows.lengths[i];
+        if (lane < S::kGroupRows) work.lengths[lane] = length;
+    }
+    if (lane == 0) {
+        work.first_row = run.first_row;
+        work.num_rows = run.num_rows;
+        work.first_tile = segment.first_tile;
+        work.num_tiles = is_segment ? segment.last_tile - segment.first_tile : 0;
+    }
+    __syncwarp();
+    barrier_arrive(barrier); /* releases the writes above */
+    if (!is_segment) {
+        barrier_arrive(barrier);
+        if (lane == 0) barrier_arrive(barrier);
     }
 }
 
-/* The rows whose scores a thread stores, from row `first` of a run on. With one row a part, lanes 0 and 1 of a quad store
- * it; with more, lane % 4 / 2 chooses one row of each pair. */
+/* The filling warp: all tiles, and all work but the first, which another warp sends at the same time. */
+template <typename S>
+__device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUtensorMap& cache, const CUtensorMap& queries,
+                                     Shared<S>& shared, Walk<S::kGroupRows> walk) {
+    Segment segment = {};
+    bool is_segment = walk.next(a, segment);
+    TileIds ids(a, segment, is_segment);
+    if (threadIdx.x % 32 == 0) shared.walk = walk;
+    uint32_t position = 0;
+#pragma unroll 1
+    for (uint32_t n = 1; is_segment; ++n) {
+#pragma unroll 1
+        for (int32_t i = 0; i < ids.count; ++i, ++position)
+            shared.ring.fill(a, cache, position, ids.block(i), ids.part(i));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) shared.is_segment = shared.walk.next(a, shared.segment);
+        __syncwarp();
+        is_segment = shared.is_segment;
+        ids = TileIds(a, shared.segment, is_segment);
+        send_work<S>(a, queries, shared, n, is_segment, shared.segment, shared.walk.rows);
+    }
+}
+
+/* ---- the warpgroups ---- */
+
+/* The rows whose scores a thread stores. With one row, lanes 0 and 1 of a quad store it; with more, lane % 4 / 2 chooses
+ * one row of each pair. */
 template <typename S>
 struct OwnRows {
-    static constexpr int kStep = S::kPartRows == 1 ? 1 : 2;
-    static constexpr int kCount = S::kWarpgroupRows / kStep;
-    float* logits; /* of row 0, at key own_key() */
-    int32_t lengths[kCount]; /* less own_key(); 0: nothing to store */
+    static constexpr int kStep = S::kRows == 1 ? 1 : 2;
+    static constexpr int kCount = S::kRows / kStep;
+    float* logits; /* of the first, at key own_key() of the next tile */
+    int32_t lengths[kCount]; /* counted from there; not positive: nothing to store */
 
-    __device__ __forceinline__ OwnRows(const IndexerLogitsArguments& a, const Run& run, int32_t first) {
+    __device__ __forceinline__ OwnRows(const IndexerLogitsArguments& a, const Work<S>& work, int32_t first) {
         const int32_t half = threadIdx.x % 4 / 2;
         const int32_t row = first + (kStep == 2 ? half : 0);
-        logits = a.logits + (int64_t)(run.first_row + row) * a.logits_stride + own_key();
+        const int32_t key = work.first_tile * kTile + own_key();
+        logits = a.logits + (int64_t)(work.first_row + row) * a.logits_stride + key;
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const bool is_row = row + kStep * i < run.num_rows && (kStep == 2 || half == 0);
-            lengths[i] = is_row ? row_length(a, run.first_row + row + kStep * i) - own_key() : 0;
-        }
+        for (int i = 0; i < kCount; ++i)
+            lengths[i] = kStep == 1 && half == 1 ? 0 : work.lengths[row + kStep * i] - key;
     }
 
-    __device__ __forceinline__ void store(const IndexerLogitsArguments& a, int i, int32_t first_key, float score) const {
-        if (first_key < lengths[i]) logits[i * kStep * a.logits_stride + first_key] = score;
+    __device__ __forceinline__ void store(const IndexerLogitsArguments& a, int i, float score) const {
+        if (lengths[i] > 0) logits[i * kStep * a.logits_stride] = score;
+    }
+    __device__ __forceinline__ void next_tile() {
+        logits += kTile;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) lengths[i] -= kTile;
     }
 };
 
 /* All scores of one tile for the rows of a warpgroup. */
 template <typename S>
 __device__ __forceinline__ void score_tile(const IndexerLogitsArguments& a, Shared<S>& shared, uint32_t position,
-                                           int32_t first_key, uint32_t query,
-                                           const float (&weights)[S::kParts][S::kPartRows][S::kHeads / 4],
+                                           uint32_t query, const float (&weights)[S::kRows][S::kHeads / 4 + 1],
                                            const OwnRows<S>& rows) {
     const uint32_t stage = position % S::kStages;
-    const float scale = shared.ring.is_valid[stage] ? shared.ring.scales[stage][own_key()] : NAN;
+    const float scale = shared.ring.scales[stage][own_key()];
+    float d[S::Part::kCount / 2], sums[S::kRows][2];
+    multiply(d, descriptor_low(shared_address(shared.ring.tiles)) + stage * (kTileBytes / 16), query);
+    shared.ring.barriers.release(position);
+    weigh<S::kRows, S::kHeads>(d, weights, sums);
+    if (S::kRows == 1) {
+        rows.store(a, 0, reduce_quad(sums[0]) * scale);
+    } else {
 #pragma unroll
-    for (int part = 0; part < S::kParts; ++part) {
-        float d[S::kPartRows * S::kHeads / 2], sums[S::kPartRows][2];
-        multiply(d, shared_address(shared.ring.tiles[stage]), query + part * S::kPartRows * S::kHeads * kDim);
-        if (part == S::kParts - 1) shared.ring.release(position);
-        weigh<S::kPartRows, S::kHeads>(d, weights[part], sums);
-        if (S::kPartRows == 1) {
-            rows.store(a, part, first_key, reduce_quad(sums[0]) * scale);
-        } else {
-#pragma unroll
-            for (int pair = 0; pair < S::kPartRows / 2; ++pair)
-                rows.store(a, part * (S::kPartRows / 2) + pair, first_key,
-                           reduce_quad(sums[2 * pair], sums[S::kPartRows == 1 ? 0 : 2 * pair + 1]) * scale);
-        }
+        for (int pair = 0; pair < S::kRows / 2; ++pair)
+            rows.store(a, pair, reduce_quad(sums[2 * pair], sums[S::kRows == 1 ? 0 : 2 * pair + 1]) * scale);
     }
 }
 
-/* The warpgroups. In a run of few rows they take turns at the tiles, else each has rows of its own. */
+/* The columns that hold u, for the rows of a warpgroup. */
 template <typename S>
-__device__ __forceinline__ void score_segments(const IndexerLogitsArguments& a, Shared<S>& shared) {
+__device__ __forceinline__ void prepare_queries(const float* row_weights, uint8_t* query, int32_t num_rows,
+                                                int32_t warpgroup) {
+#pragma unroll 1
+    for (int row = 0; row < S::kRows && row < num_rows; ++row)
+        fold_heads<S::kHeads>(row_weights + row * S::kHeads, query, row * S::kHeads,
+                              S::Part::piece(row, threadIdx.x % 4));
+    fence_async_proxy();
+    named_barrier_sync(1 + warpgroup, 128);
+}
+
+template <typename S>
+__device__ __forceinline__ void score(const IndexerLogitsArguments& a, Shared<S>& shared) {
     const int32_t warpgroup = S::kWarpgroups == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0);
     uint32_t position = 0;
-    while (true) {
-        if (threadIdx.x == 0) shared.next_segment(a, 1);
-        named_barrier_sync(S::kReaderBarrier, S::kReaders);
-        if (!shared.is_segment[1]) break;
-        const Run run = shared.segments[1].run;
-        load_queries<S::kRows, S::kHeads, S::kReaders>(a, run, shared.query);
-        load_weights<S::kRows, S::kHeads, S::kReaders>(a, run, shared.weights);
-        const bool takes_turns = run.num_rows <= S::kWarpgroupRows;
-        const int32_t first_row = takes_turns ? 0 : warpgroup * S::kWarpgroupRows;
-        const bool has_rows = first_row < run.num_rows;
-        const OwnRows<S> rows(a, run, first_row);
-        copy_async_wait_all();
-        fence_async_proxy();
-        named_barrier_sync(S::kReaderBarrier, S::kReaders);
-        float weights[S::kParts][S::kPartRows][S::kHeads / 4];
-#pragma unroll
-        for (int part = 0; part < S::kParts; ++part)
-            own_weights<S::kPartRows, S::kHeads>(shared.weights + (first_row + part * S::kPartRows) * S::kHeads,
-                                                 weights[part]);
-        const uint32_t query = shared_address(shared.query) + first_row * S::kHeads * kDim;
-        const int32_t last_key = shared.segments[1].last_tile * kTile;
 #pragma unroll 1
-        for (int32_t key = shared.segments[1].first_tile * kTile; key < last_key; key += kTile, ++position) {
-            shared.ring.await(position);
-            if (takes_turns ? position % S::kWarpgroups == warpgroup : has_rows) {
-                score_tile<S>(a, shared, position, key, query, weights, rows);
-            } else {
-                shared.ring.release(position);
+    for (uint32_t n = 0;; ++n) {
+        shared.work_barriers.await_full(n);
+        const Work<S>& work = shared.works[n % S::kBuffers];
+        if (work.num_tiles == 0) break;
+        uint8_t* columns = shared.query[n % S::kBuffers][warpgroup];
+        const bool takes_turns = Work<S>::takes_turns(work.num_rows);
+        const int32_t first_row = takes_turns ? 0 : warpgroup * S::kRows;
+        prepare_queries<S>(work.weights + first_row * S::kHeads, columns, work.num_rows - first_row, warpgroup);
+        float weights[S::kRows][S::kHeads / 4 + 1];
+        own_weights<S::kRows, S::kHeads>(work.weights + first_row * S::kHeads, weights);
+        OwnRows<S> rows(a, work, first_row);
+        uint32_t query = descriptor_low(shared_address(columns));
+        asm volatile("" : "+r"(query)); /* or it would be computed anew for every tile */
+        const uint32_t end = position + work.num_tiles;
+        if (!takes_turns && first_row < work.num_rows) {
+#pragma unroll 1
+            for (; position != end; ++position, rows.next_tile()) {
+                shared.ring.barriers.await_full(position);
+                score_tile<S>(a, shared, position, query, weights, rows);
+            }
+        } else if (S::kWarpgroups > 1) {
+#pragma unroll 1
+            for (; position != end; ++position, rows.next_tile()) {
+                shared.ring.barriers.await_full(position);
+                if (takes_turns && position % S::kWarpgroups == warpgroup) {
+                    score_tile<S>(a, shared, position, query, weights, rows);
+                } else {
+                    shared.ring.barriers.release(position);
+                }
             }
         }
-        named_barrier_sync(S::kReaderBarrier, S::kReaders); /* queries and segment have been used */
+        shared.work_barriers.release(n);
     }
 }
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    indexer_logits_sm90_kernel(const IndexerLogitsArguments a, const __grid_constant__ CUtensorMap cache) {
+    indexer_logits_sm90_kernel(const IndexerLogitsArguments a, const __grid_constant__ CUtensorMap cache,
+                               const __grid_constant__ CUtensorMap queries) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t raw_shared[];
     auto& shared = *reinterpret_cast<Shared<S>*>(aligned_shared(raw_shared));
-    if (threadIdx.x == 0) {
-        asm volatile("prefetch.tensormap [%0];" ::"l"(&cache) : "memory");
-        shared.ring.begin();
+    const bool is_filler = threadIdx.x >= S::kReaderWarps * 32;
+    const bool is_first_sender = threadIdx.x < 32;
+    if (threadIdx.x == 32) {
+        shared.ring.barriers.begin(1, S::kReaderWarps);
+        shared.work_barriers.begin(65, S::kReaderWarps); /* a warp's lanes twice, and one for the copied bytes */
     }
-    prefetch_inputs(a);
-    __syncthreads();
-    constexpr int kSchedulers = S::kWarpgroups == 1 ? 32 : S::kThreads;
-    const Walk<S::kRows> walk = schedule<S::kRows, kSchedulers>(a, shared.schedule);
-    if (threadIdx.x >= S::kReaders) {
-        if (threadIdx.x == S::kReaders) shared.walks[0] = walk;
-        fill_ring<S>(a, cache, shared);
+    if (threadIdx.x == 64) prefetch_map(cache);
+    if (threadIdx.x == 96) prefetch_map(queries);
+    if (!is_filler) prefetch_inputs<S>(a);
+    constexpr int kSchedulers = S::kWarpgroups == 1 ? 32 : S::kThreads; /* groups are few where their rows are */
+    Walk<S::kGroupRows> walk = {};
+    if (is_filler || is_first_sender || kSchedulers > 32)
+        walk = schedule<S::kGroupRows, kSchedulers>(a, shared.schedule);
+    __syncthreads(); /* the barriers are there */
+    if (is_filler) {
+        fill<S>(a, cache, queries, shared, walk);
     } else {
-        if (threadIdx.x == 0) shared.walks[1] = walk;
-        score_segments<S>(a, shared);
+        if (is_first_sender) {
+            Segment segment = {};
+            const bool is_segment = walk.next(a, segment);
+            send_work<S>(a, queries, shared, 0, is_segment, segment, walk.rows);
+        }
+        score<S>(a, shared);
     }
 #endif
 }
 
-/* The cache as blocks of rows of 128 bytes; what lies behind a block's keys is not part of it. */
-dsa_status describe_cache(const IndexerLogitsArguments& a, CUtensorMap* map) {
+/* ---- launch ---- */
+
+/* Bytes [size_2, size_1, 128], copied in boxes [third, second, 128] with the 128-byte swizzle; zeros arrive for what lies
+ * outside the sizes. */
+dsa_status describe(const void* array, int64_t size_1, int64_t size_2, int64_t stride_2, int second, int third,
+                    CUtensorMap* map) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
         void* found = nullptr;
@@ -199,27 +300,31 @@ dsa_status describe_cache(const IndexerLogitsArguments& a, CUtensorMap* map) {
         return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? (Encode)found : nullptr;
     }();
     if (!encode) return DSA_UNSUPPORTED;
-    const int64_t block_bytes = a.scale_offset + a.block_size * 4;
-    const cuuint64_t sizes[3] = {kDim, (cuuint64_t)a.block_size, (cuuint64_t)a.num_blocks};
-    const cuuint64_t strides[2] = {kDim, (cuuint64_t)(a.num_blocks > 1 ? a.block_stride_bytes : block_bytes)};
-    const cuuint32_t box[3] = {kDim, kTile, 1};
+    const cuuint64_t sizes[3] = {kDim, (cuuint64_t)size_1, (cuuint64_t)size_2};
+    const cuuint64_t strides[2] = {kDim, (cuuint64_t)stride_2};
+    const cuuint32_t box[3] = {kDim, (cuuint32_t)second, (cuuint32_t)third};
     const cuuint32_t steps[3] = {1, 1, 1};
-    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<uint8_t*>(a.index_cache), sizes, strides,
-                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(array), sizes, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? DSA_OK : DSA_UNSUPPORTED;
 }
 
 template <typename S>
 dsa_status launch(const IndexerLogitsArguments& a, const Device& device, cudaStream_t stream) {
-    CUtensorMap cache;
-    if (const dsa_status status = describe_cache(a, &cache)) return status;
+    CUtensorMap cache, queries;
+    const int64_t block_stride = a.num_blocks > 1 ? a.block_stride_bytes : a.scale_offset + a.block_size * 4;
+    if (const dsa_status status = describe(a.index_cache, a.block_size, a.num_blocks, block_stride, kTile, 1, &cache))
+        return status;
+    if (const dsa_status status = describe(a.query, a.index_n_heads, a.num_tokens, a.index_n_heads * kDim, S::kHeads,
+                                           S::kRows, &queries))
+        return status;
     const auto kernel = &indexer_logits_sm90_kernel<S>;
     constexpr int kBytes = shared_bytes<S>();
     if (const dsa_status status = allow_shared_bytes(kernel, kBytes)) return status;
     const int64_t tiles = (int64_t)a.num_tokens * ((a.max_length + kTile - 1) / kTile); /* there are no more */
     const int64_t places = (int64_t)device.num_multiprocessors * S::kBlocks;
-    kernel<<<(uint32_t)(tiles < places ? tiles : places), S::kThreads, kBytes, stream>>>(a, cache);
+    kernel<<<(uint32_t)(tiles < places ? tiles : places), S::kThreads, kBytes, stream>>>(a, cache, queries);
     return launched(stream);
 }
 
@@ -235,20 +340,26 @@ dsa_status launch(const IndexerLogitsArguments& a, const Device& device, cudaStr
 #ifndef V_PSTAGES
 #define V_PSTAGES 8
 #endif
+#ifndef V_BUF
+#define V_BUF 2
+#endif
+#ifndef V_PAIRBLOCKS
+#define V_PAIRBLOCKS 3
+#endif
 
 /* One row a request (decode). Bound: 132 bytes a key read, 4 bytes a score written. Several small CTAs a multiprocessor,
  * so that one's start and sums hide behind another's copies. */
 template <int kHeads>
-using SingleRows = Shape<kHeads, 1, 1, 1, V_STAGES, V_BLOCKS>;
+using SingleRows = Shape<kHeads, 1, 1, V_STAGES, V_BUF, V_BLOCKS>;
 
 /* Two rows a request (decode with a drafted token): the same bytes. */
 template <int kHeads>
-using RowPairs = Shape<kHeads, 1, 2, 1, V_STAGES, 3>;
+using RowPairs = Shape<kHeads, 1, 2, V_STAGES, V_BUF, V_PAIRBLOCKS>;
 
 /* Many rows a request (prefill). Bound: 2 * heads * 128 FLOP a score; a key is read once for kRows rows. One warpgroup
  * multiplies while the others weigh. */
 template <int kHeads>
-using ManyRows = Shape<kHeads, V_WG, 1, 128 / kHeads, V_PSTAGES, 1>;
+using ManyRows = Shape<kHeads, kHeads == 64 ? V_WG : 2, 128 / kHeads, V_PSTAGES, 2, 1>;
 
 /* Rows a request from which the groups of ManyRows are mostly full. */
 constexpr int64_t kManyRows = 8;

@@ -15,10 +15,12 @@
 #define DSA_GPU_INDEXER_LOGITS_SM90_CUH_
 
 #include <cuda.h>
+#include <cuda_fp8.h>
 #include <math.h>
 
 #include "hopper.cuh"
 #include "indexer_logits_kernels.h"
+#include "indexer_logits_wgmma.cuh"
 #include "wgmma.cuh"
 
 namespace dsa {
@@ -197,80 +199,79 @@ __device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a,
     return Walk<kRows>{rows, 0, __shfl_sync(~0u, skip, source), num_tiles};
 }
 
-#ifndef V_ABL
-#define V_ABL 1
-#endif
-#ifndef V_RELU
-#define V_RELU 0
-#endif
-#if V_RELU == 0
-constexpr float kWeightFactor = 0.5f;
-__device__ __forceinline__ float scaled_relu(float x) { return x + fabsf(x); }
-#elif V_RELU == 1
-constexpr float kWeightFactor = 1.0f;
-__device__ __forceinline__ float scaled_relu(float x) { return relu(x); }
-#elif V_RELU == 2
-constexpr float kWeightFactor = 1.0f;
-__device__ __forceinline__ float scaled_relu(float x) { return fmaxf(x, 0.0f); }
-#else
-constexpr float kWeightFactor = 1.0f;
-__device__ __forceinline__ float scaled_relu(float x) { return x; }
-#endif
-
 /* ---- keys ---- */
 
-/* Dims from 0 and keys from `key` on of `block`, swizzled. The barrier must expect kTileBytes. */
-__device__ __forceinline__ void copy_tile(uint32_t to_shared, const CUtensorMap& cache, int32_t key, int32_t block,
-                                          uint32_t barrier) {
+/* A box of a tensor map from (0, second, third) on. The barrier must expect the bytes of the whole box. */
+__device__ __forceinline__ void copy_box(uint32_t to_shared, const CUtensorMap& map, int32_t second, int32_t third,
+                                         uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
             to_shared),
-        "l"(&cache), "r"(0), "r"(key), "r"(block), "r"(barrier)
+        "l"(&map), "r"(0), "r"(second), "r"(third), "r"(barrier)
         : "memory");
 }
 
-/* Tiles of keys on their way from one filling warp to the warps that multiply them. */
-template <int kStages, int kReaderWarps>
-struct KeyRing {
-    uint8_t tiles[kStages][kTileBytes]; /* first in shared memory: 1024-byte aligned */
-    float scales[kStages][kTile];
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
-    int32_t is_valid[kStages]; /* 0 where the block id is outside the cache */
+__device__ __forceinline__ void copy_async_4_or_zero(uint32_t to_shared, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+
+/* A ring's barriers: what has been filled for the n-th time may be read, what has been read n times may be filled again. */
+template <int kSlots>
+struct RingBarriers {
+    uint64_t full[kSlots];
+    uint64_t empty[kSlots];
 
     /* One thread; a barrier of the CTA must follow. */
-    __device__ __forceinline__ void begin() {
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared_address(&full[i]), 1);
-            barrier_init(shared_address(&empty[i]), kReaderWarps);
+    __device__ __forceinline__ void begin(uint32_t num_fillers, uint32_t num_readers) {
+#pragma unroll 1
+        for (int i = 0; i < kSlots; ++i) {
+            barrier_init(shared_address(&full[i]), num_fillers);
+            barrier_init(shared_address(&empty[i]), num_readers);
         }
         barrier_init_fence();
     }
+    __device__ __forceinline__ uint32_t filled(uint32_t position) { return shared_address(&full[position % kSlots]); }
+    __device__ __forceinline__ void await_empty(uint32_t position) {
+        if (position >= kSlots) barrier_wait(shared_address(&empty[position % kSlots]), (position / kSlots + 1) % 2);
+    }
+    __device__ __forceinline__ void await_full(uint32_t position) {
+        barrier_wait(filled(position), position / kSlots % 2);
+    }
+    /* A warp no longer reads what is at this position. */
+    __device__ __forceinline__ void release(uint32_t position) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty[position % kSlots]));
+    }
+};
 
-    /* One thread: tile `position` of all that pass through the ring is part `part` of `block`. */
+/* Tiles of keys on their way from the filling warp to the warpgroups. */
+template <int kStages>
+struct KeyRing {
+    uint8_t tiles[kStages][kTileBytes]; /* first: 1024-byte aligned */
+    float scales[kStages][kTile];
+    RingBarriers<kStages> barriers;
+
+    /* The filling warp: tile `position` of all that pass through the ring is part `part` of `block`. NaN as scales makes
+     * NaN of whatever the tile holds. */
     __device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUtensorMap& cache, uint32_t position,
                                          int32_t block, int32_t part) {
-        const uint32_t stage = position % kStages, barrier = shared_address(&full[stage]);
-        if (position >= kStages) barrier_wait(shared_address(&empty[stage]), (position / kStages + 1) % 2);
-        is_valid[stage] = is_block(a, block);
-        if (!is_block(a, block)) {
+        const uint32_t stage = position % kStages, barrier = barriers.filled(position), lane = threadIdx.x % 32;
+        const bool is_there = is_block(a, block);
+        barriers.await_empty(position);
+        if (!is_there) {
+            for (int i = lane; i < kTile; i += 32) scales[stage][i] = NAN;
+            fence_async_proxy(); /* before a later copy to the same place */
+        }
+        __syncwarp();
+        if (lane != 0) return;
+        if (!is_there) {
             barrier_arrive(barrier);
             return;
         }
         barrier_arrive_expect(barrier, kTileBytes + kScaleBytes);
-        copy_tile(shared_address(tiles[stage]), cache, part * kTile, block, barrier);
+        copy_box(shared_address(tiles[stage]), cache, part * kTile, block, barrier);
         copy_bulk(shared_address(scales[stage]),
                   a.index_cache + block * a.block_stride_bytes + a.scale_offset + part * kScaleBytes, kScaleBytes, barrier);
-    }
-
-    __device__ __forceinline__ void await(uint32_t position) {
-        barrier_wait(shared_address(&full[position % kStages]), position / kStages % 2);
-    }
-
-    /* A warp no longer reads the tile. */
-    __device__ __forceinline__ void release(uint32_t position) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty[position % kStages]));
     }
 };
 
@@ -280,10 +281,10 @@ struct TileIds {
     int32_t first, count, parts;
     int32_t batch[2];
 
-    __device__ __forceinline__ TileIds(const IndexerLogitsArguments& a, const Segment& segment)
-        : row(segment.run.request == kNoRequest ? nullptr : a.block_table + (int64_t)segment.run.request * a.max_blocks),
+    __device__ __forceinline__ TileIds(const IndexerLogitsArguments& a, const Segment& segment, bool is_segment)
+        : row(!is_segment || segment.run.request == kNoRequest ? nullptr : a.block_table + (int64_t)segment.run.request * a.max_blocks),
           first(segment.first_tile),
-          count(segment.last_tile - segment.first_tile),
+          count(is_segment ? segment.last_tile - segment.first_tile : 0),
           parts(a.block_size / kTile) {
         batch[0] = load(threadIdx.x % 32);
         batch[1] = load(threadIdx.x % 32 + 32);
@@ -310,96 +311,158 @@ __device__ __forceinline__ int32_t own_key() {
     return thread / 32 * 16 + thread % 32 / 4 + thread % 2 * 8;
 }
 
-/* ---- queries ---- */
+/* ---- queries ----
+ *
+ * relu(x) = (x + |x|) / 2, and the part without the absolute value is linear in the key:
+ *   2 sum_h w_h relu(x_h) = u . k + sum_h w_h |x_h|,   u = sum_h w_h q_h.
+ * An absolute value is free in a multiply-add, so that a head costs one instruction instead of two, and u . k takes a few
+ * more columns of the product. u is split into kPieces e4m3 numbers, each holding what the former left over times
+ * kPieceStep: five bits a piece. */
 
-/* Rows of queries, head by head 128 bytes, swizzled in groups of 8; zeros where there is no head or no row. `query` is
- * 1024-byte aligned. The caller waits for the copies, fences and synchronises. */
-template <int kRows, int kHeads, int kThreads>
-__device__ __forceinline__ void load_queries(const IndexerLogitsArguments& a, const Run& run, uint8_t* query) {
-    constexpr int kPieces = kRows * kHeads * 8;
-    const uint32_t to = shared_address(query);
-#pragma unroll
-    for (int first = 0; first < kPieces; first += kThreads) {
-        const int i = first + threadIdx.x;
-        if (kPieces % kThreads != 0 && i >= kPieces) break;
-        const int piece = i % 8, column = i / 8;
-        const int row = column / kHeads, head = column % kHeads;
-        const bool is_head = row < run.num_rows && head < a.index_n_heads;
-        const int64_t index = is_head ? (int64_t)(run.first_row + row) * a.index_n_heads + head : 0;
-        copy_async_16_or_zero(to + column * kDim + (piece ^ column % 8) * 16, a.query + index * kDim + piece * 16, is_head);
-    }
-}
+constexpr int kPieces = 4;
+constexpr float kPieceStep = 16.0f;
 
-/* Halves of the weights, [row][head], zeros where there is no head or no row: relu(x) is taken as (x + |x|) / 2; halving
- * is exact. The caller synchronises. */
-template <int kRows, int kHeads, int kThreads>
-__device__ __forceinline__ void load_weights(const IndexerLogitsArguments& a, const Run& run, float* weights) {
-#pragma unroll
-    for (int first = 0; first < kRows * kHeads; first += kThreads) {
-        const int i = first + threadIdx.x;
-        if (kRows * kHeads % kThreads != 0 && i >= kRows * kHeads) break;
-        const int row = i / kHeads, head = i % kHeads;
-        const bool is_weight = row < run.num_rows && head < a.index_n_heads;
-        weights[i] = is_weight ? kWeightFactor * __ldg(a.folded_weights + (int64_t)(run.first_row + row) * a.index_n_heads + head) : 0.0f;
-    }
-}
-
-/* This thread's heads of some rows: [row][2 j + e] is head 8 j + 2 (lane % 4) + e. */
+/* Columns of the product of kRows rows of kHeads heads: the heads, then column 8 (row / 2) + 2 piece + row % 2, so that lane
+ * c of a quad holds piece c of every row. */
 template <int kRows, int kHeads>
-__device__ __forceinline__ void own_weights(const float* shared_weights, float (&weights)[kRows][kHeads / 4]) {
+struct Columns {
+    static constexpr int kCount = kRows * kHeads + (kRows + 1) / 2 * 8;
+    static constexpr int kBytes = kCount * kDim;
+
+    __device__ __forceinline__ static int piece(int row, int piece) {
+        return kRows * kHeads + row / 2 * 8 + piece * 2 + row % 2;
+    }
+};
+
+/* Where 16 bytes of a column lie: 128 bytes a column, swizzled in groups of 8. */
+__device__ __forceinline__ int column_offset(int column, int sixteen) {
+    return column * kDim + (sixteen ^ column % 8) * 16;
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+/* The exponent that u is multiplied by, so that no number of it leaves e4m3: |u_d| <= 448 sum_h |w_h|. A whole warp. */
+template <int kHeads>
+__device__ __forceinline__ int piece_exponent(const float* row_weights) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int first = 0; first < kHeads; first += 32) sum += fabsf(row_weights[first + threadIdx.x % 32]);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const int exponent = (__float_as_int(448.0f * sum) >> 23 & 255) - 127; /* 448 sum < 2^(exponent + 1) */
+    return 7 - max(exponent, -100);
+}
+
+/* The pieces of u for one row, whose heads are columns from `first_column` on. A whole warpgroup: threads 4 i .. 4 i + 3
+ * take dims 4 i .. 4 i + 3, each a quarter of the heads and then one piece. */
+template <int kHeads>
+__device__ __forceinline__ void fold_heads(const float* row_weights, uint8_t* query, int first_column, int piece_column) {
+    const int piece = threadIdx.x % 4, dim_word = threadIdx.x % 128 / 4;
+    float u[4] = {};
+#pragma unroll
+    for (int i = 0; i < kHeads / 4; ++i) {
+        const int head = 4 * i + piece;
+        const uint32_t word =
+            *reinterpret_cast<const uint32_t*>(query + column_offset(first_column + head, dim_word / 4) + dim_word % 4 * 4);
+        const float weight = row_weights[head];
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(word >> 16 * pair), __NV_E4M3);
+            const float2 numbers = __half22float2(__half2(halves));
+            u[2 * pair] = fmaf(weight, numbers.x, u[2 * pair]);
+            u[2 * pair + 1] = fmaf(weight, numbers.y, u[2 * pair + 1]);
+        }
+    }
+    const float factor = power_of_two(piece_exponent<kHeads>(row_weights));
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+        u[d] += __shfl_xor_sync(~0u, u[d], 1);
+        u[d] += __shfl_xor_sync(~0u, u[d], 2);
+        u[d] *= factor;
+    }
+    uint32_t own = 0;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const __nv_fp8x2_storage_t numbers =
+                __nv_cvt_float2_to_fp8x2(make_float2(u[2 * pair], u[2 * pair + 1]), __NV_SATFINITE, __NV_E4M3);
+            const float2 taken = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(numbers, __NV_E4M3)));
+            u[2 * pair] = (u[2 * pair] - taken.x) * kPieceStep;
+            u[2 * pair + 1] = (u[2 * pair + 1] - taken.y) * kPieceStep;
+            word |= (uint32_t)numbers << 16 * pair;
+        }
+        if (p == piece) own = word;
+    }
+    *reinterpret_cast<uint32_t*>(query + column_offset(piece_column, dim_word / 4) + dim_word % 4 * 4) = own;
+}
+
+/* This thread's factors for some rows, halved: [row][2 j + e] is head 8 j + 2 (lane % 4) + e, the last one its piece of
+ * u. */
+template <int kRows, int kHeads>
+__device__ __forceinline__ void own_weights(const float* shared_weights, float (&weights)[kRows][kHeads / 4 + 1]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
         for (int j = 0; j < kHeads / 8; ++j) {
             const float2 pair =
                 *reinterpret_cast<const float2*>(shared_weights + row * kHeads + 8 * j + threadIdx.x % 4 * 2);
-            weights[row][2 * j] = pair.x;
-            weights[row][2 * j + 1] = pair.y;
+            weights[row][2 * j] = 0.5f * pair.x;
+            weights[row][2 * j + 1] = 0.5f * pair.y;
         }
+        const int exponent = piece_exponent<kHeads>(shared_weights + row * kHeads);
+        weights[row][kHeads / 4] = power_of_two(-exponent - 1 - 4 * (int)(threadIdx.x % 4)); /* 4: of kPieceStep */
     }
 }
 
 /* ---- products and sums ---- */
 
-/* d = keys x queries: 64 keys at `keys`, 2 kCount heads at `query`, shared addresses. Waits for the result. */
+/* The lower half of the descriptor of a tile that lies swizzled at a shared address. The upper half is the same for all:
+ * kept apart, because additions of 64 bits cost twice as many instructions. */
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) {
+    return (uint32_t)matrix_descriptor(address, 16, 8 * kDim, Swizzle::k128);
+}
+
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) {
+    return (matrix_descriptor(0, 16, 8 * kDim, Swizzle::k128) & ~(uint64_t)0xFFFFFFFF) | low;
+}
+
+/* d = keys x queries: 64 keys, 2 kCount heads, given by descriptor_low. Waits for the result. */
 template <int kCount>
 __device__ __forceinline__ void multiply(float (&d)[kCount], uint32_t keys, uint32_t query) {
-    const uint64_t key_descriptor = matrix_descriptor(keys, 16, 8 * kDim, Swizzle::k128);
-    const uint64_t query_descriptor = matrix_descriptor(query, 16, 8 * kDim, Swizzle::k128);
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) wgmma_e4m3(d, key_descriptor + step * 2, query_descriptor + step * 2, step > 0);
+    for (int step = 0; step < 4; ++step)
+        wgmma_e4m3(d, descriptor(keys + step * 2), descriptor(query + step * 2), step > 0);
     wgmma_commit();
     wgmma_wait<0>();
     keep(d);
 }
 
-/* sums[row][i]: this lane's heads of the row, key lane / 4 + 8 i. weights: halves. */
+/* sums[row][i]: this lane's heads of the row, key lane / 4 + 8 i. */
 template <int kRows, int kHeads>
-__device__ __forceinline__ void weigh(const float (&d)[kRows * kHeads / 2], const float (&weights)[kRows][kHeads / 4],
-                                      float (&sums)[kRows][2]) {
+__device__ __forceinline__ void weigh(const float (&d)[Columns<kRows, kHeads>::kCount / 2],
+                                      const float (&weights)[kRows][kHeads / 4 + 1], float (&sums)[kRows][2]) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = 0.0f;
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-    for (int j = 0; j < kHeads / 8 / V_ABL; ++j) {
+        for (int i = 0; i < 2; ++i)
+            sums[row][i] = weights[row][kHeads / 4] * d[(kRows * kHeads / 8 + row / 2) * 4 + i * 2 + row % 2];
+    }
+#pragma unroll
+    for (int j = 0; j < kHeads / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
             for (int row = 0; row < kRows; ++row) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    sums[row][i] = fmaf(scaled_relu(d[(row * kHeads / 8 + j) * 4 + i * 2 + e]), weights[row][j * 2 + e],
+                    sums[row][i] = fmaf(fabsf(d[(row * kHeads / 8 + j) * 4 + i * 2 + e]), weights[row][j * 2 + e],
                                         sums[row][i]);
             }
         }
     }
-}
-
-/* A store without a branch: ptxas serialises products that are in flight around one. */
-__device__ __forceinline__ void store_if(bool wanted, float* to, float value) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}\n" ::"r"((int)wanted), "l"(to),
-                 "f"(value)
-                 : "memory");
 }
 
 /* Adds the four lanes of a quad. Lane c gets key lane / 4 + 8 (c % 2). */

@@ -15,211 +15,10 @@
 
 #include "sparse_mla_kernels.h"
 
-#ifndef DSA_HEADS_PREFETCH
-#define DSA_HEADS_PREFETCH 2
-#endif
-#ifndef DSA_HEADS_WITHOUT
-#define DSA_HEADS_WITHOUT 0
-#endif
-
 namespace dsa {
 namespace gpu {
 namespace heads {
 namespace {
-
-constexpr bool kNoConversion = DSA_HEADS_WITHOUT & 1;
-constexpr bool kNoGather = DSA_HEADS_WITHOUT & 2;
-constexpr bool kNoOutput = DSA_HEADS_WITHOUT & 4;  /* no PV */
-constexpr bool kNoScores = DSA_HEADS_WITHOUT & 8;  /* one k-step of S only */
-constexpr bool kNoProducer = DSA_HEADS_WITHOUT & 16; /* neither loads nor stores, only barriers */
-constexpr bool kNoSoftmax = DSA_HEADS_WITHOUT & 32;
-
-/* Leading ids of a row to look at. */
-__device__ __forceinline__ int32_t count_of(const Arguments& a, int64_t token) {
-    return a.counts == nullptr ? a.topk : min(max(a.counts[token], 0), a.topk);
-}
-
-/* Tile i of a row belongs to CTA i % kSplits of its cluster: balanced whatever the count. The shuffle tells the compiler
- * that the number is the same in all lanes. */
-template <int kSplits>
-__device__ __forceinline__ int num_tiles_of(int32_t count, int split) {
-    const int row_tiles = (int)(((int64_t)count + kTokens - 1) / kTokens);
-    return __shfl_sync(0xFFFFFFFF, (row_tiles - split + kSplits - 1) / kSplits, 0);
-}
-
-/* ---- producer ---- */
-
-/* A tile on its way: bit 0 is its buffer, the others count that buffer's uses. Even tiles of a row take buffer 0, odd ones
- * buffer 1. */
-using Tile = int32_t;
-constexpr Tile kNoTile = -1;
-
-__device__ __forceinline__ int buffer_of(Tile tile) { return tile & 1; }
-__device__ __forceinline__ uint32_t parity_of(Tile tile) { return (tile >> 1) & 1; }
-__device__ __forceinline__ int valid_slot(Tile tile) { return tile & 3; }
-
-/* A producer warp fills 8 tokens of every tile. Tokens are looked up for up to four tiles of a row at once, one a lane:
- * lane l knows token l % 8 of tile l / 8. In the work on a tile eight lanes that store together hit eight different 16-byte
- * pieces of the banks:
- *   latent load  token 2 pair + lane / 4 % 2, columns 256 half + 64 (lane / 8) + 16 (lane % 4) ..
- *   scale        token lane / 4, group lane % 4
- *   rope copy    token 4 quad + lane / 8, columns 8 (lane % 8) ..
- * The compiler makes any use of a load wait for all loads in flight. So they are all issued together, just after the
- * tile before is done, and meet their first use after the wait for the buffer. */
-template <int kSplits>
-struct Producer {
-    const Arguments& a;
-    Shared& shared;
-    int warp, lane;
-    uint32_t latent_from, latent_to, pair_lane;
-    /* The batch that is being worked on: this lane's row in the cache; a bit a token that is there. */
-    uint32_t offset, valid;
-    uint4 latent[2][4];
-    float scale;
-    /* The next batch: first the lane's id, then its offset. */
-    uint32_t next, next_tiles;
-    /* The batch after it starts at tile `ahead` of this item. */
-    uint32_t item;
-    int32_t count, ahead;
-    Tile tile, tile_after; /* the names of the next tile and of the one after it */
-    static constexpr uint32_t kNowhere = 0xFFFFFFFF;
-
-    __device__ __forceinline__ Producer(const Arguments& a, Shared& shared, uint32_t first_item)
-        : a(a), shared(shared), warp((threadIdx.x >> 5) & 7), lane(threadIdx.x & 31), item(first_item) {
-        const int row_bit = (lane >> 2) & 1;
-        latent_from = fresh(64 * (lane >> 3) + 16 * (lane & 3));
-        latent_to = fresh(shared_address(shared.tiles[0]) + (lane >> 3) * kBlockBytes +
-                          swizzled(kTokensPerWarp * warp + row_bit, 2 * (lane & 3)));
-        pair_lane = fresh(row_bit);
-        tile = 0;
-        tile_after = 1;
-        ahead = 0;
-        count = count_of(a, item / (uint32_t)a.num_parts);
-    }
-
-    __device__ __forceinline__ const uint8_t* row_at(uint32_t row_offset) const {
-        return a.latent_cache + (uint64_t)row_offset * 16;
-    }
-
-    __device__ __forceinline__ void start_batch() {
-        const int split = blockIdx.x % kSplits;
-        int num_tiles = num_tiles_of<kSplits>(count, split);
-        next_tiles = 0;
-        while (ahead == num_tiles) {
-            if (kSplits > 1 || item + gridDim.x >= a.num_items) return;
-            item += gridDim.x;
-            count = count_of(a, item / (uint32_t)a.num_parts);
-            num_tiles = num_tiles_of<kSplits>(count, split);
-            ahead = 0;
-        }
-        const int index = ((ahead + (lane >> 3)) * kSplits + split) * kTokens + kTokensPerWarp * warp + (lane & 7);
-        const int64_t token = item / (uint32_t)a.num_parts;
-        next = kNowhere;
-        if (index < count) next = (uint32_t)load_id(a.slot_ids + token * a.topk + index);
-        next_tiles = min(num_tiles - ahead, kBatch);
-        ahead += next_tiles;
-    }
-
-    __device__ __forceinline__ void finish_batch() {
-        const bool is_valid = next < (uint32_t)a.num_slots;
-        const uint32_t block = next / (uint32_t)a.block_size;
-        const uint32_t row = next - block * (uint32_t)a.block_size;
-        next = is_valid ? block * a.block_stride + row * (kRowBytes / 16) : kNowhere;
-        if (a.is_prefetching && is_valid) prefetch_row(row_at(next));
-    }
-
-    /* A token that is not there reads the first row and gets scales of zero. */
-    __device__ __forceinline__ void take_batch() {
-        valid = __ballot_sync(0xFFFFFFFF, next != kNowhere);
-        offset = next == kNowhere || kNoGather ? 0 : next;
-    }
-
-    __device__ __forceinline__ void load(int in_batch) {
-        if (kNoProducer) return;
-        const int first_lane = kTokensPerWarp * in_batch;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const uint8_t* row = row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + pair_lane + 2 * pair)) + latent_from;
-            latent[0][pair] = load_16(row);
-            latent[1][pair] = load_16(row + 256);
-        }
-        scale = load_float(row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + (lane >> 2))) + kScaleOffset + 4 * (lane & 3));
-    }
-
-    __device__ __forceinline__ void copy_rope(int in_batch) {
-        const int buffer = buffer_of(tile), piece = lane & 7;
-        const uint32_t to = shared_address(shared.tiles[buffer]) + kRopeBlock * kBlockBytes;
-#pragma unroll
-        for (int quad = 0; quad < kTokensPerWarp / 4; ++quad) {
-            const int token = 4 * quad + (lane >> 3);
-            const uint8_t* row = row_at(__shfl_sync(0xFFFFFFFF, offset, kTokensPerWarp * in_batch + token));
-            copy_async_16(to + swizzled(kTokensPerWarp * warp + token, piece), row + kRopeOffset + 16 * piece);
-        }
-    }
-
-    template <int kHalf>
-    __device__ __forceinline__ void widen(uint32_t split_scale, bool are_exact) {
-        const uint32_t to_half = latent_to + buffer_of(tile) * kTileBytes + 4 * kHalf * kBlockBytes;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const int group_lane = 4 * (pair_lane + 2 * pair) + 2 * kHalf + (lane >> 4);
-            const uint32_t split = __shfl_sync(0xFFFFFFFF, split_scale, group_lane);
-            const uint32_t to = (to_half ^ (pair << 5)) + 256 * pair;
-            const uint4& v = latent[kHalf][pair];
-            uint32_t wide[4] = {v.x, v.y, v.x, v.y ^ split};
-            if (!kNoConversion) dequantize(a, v.x, v.y, split, are_exact, wide);
-            store_shared_16(to, wide[0], wide[1], wide[2], wide[3]);
-            if (!kNoConversion) dequantize(a, v.z, v.w, split, are_exact, wide);
-            store_shared_16(to ^ 16, wide[0], wide[1], wide[2], wide[3]);
-        }
-    }
-
-    /* The fence that wgmma needs is the reader's: here it would wait for loads. */
-    __device__ __forceinline__ void announce(int half) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.full[buffer_of(tile)][half]));
-    }
-
-    __device__ __forceinline__ void fill(int in_batch) {
-        const uint32_t parity = parity_of(tile) ^ 1;
-        barrier_wait(shared_address(&shared.free[buffer_of(tile)][0]), parity);
-        const bool is_valid = (valid >> (kTokensPerWarp * in_batch + (lane >> 2))) & 1;
-        const bool are_exact = __all_sync(0xFFFFFFFF, !is_valid || is_exact_scale(scale));
-        const uint32_t split = is_valid ? split_scale(scale, are_exact) : 0;
-        if (!kNoProducer) widen<0>(split, are_exact);
-        announce(0);
-        barrier_wait(shared_address(&shared.free[buffer_of(tile)][1]), parity);
-        if (!kNoProducer) copy_rope(in_batch);
-        copy_async_arrive(shared_address(&shared.rope_full[buffer_of(tile)]));
-        if (!kNoProducer) widen<1>(split, are_exact);
-        if (lane == 0) shared.valid[valid_slot(tile)][warp] = (uint8_t)(valid >> (kTokensPerWarp * in_batch));
-        announce(1);
-    }
-
-    __device__ __forceinline__ void run() {
-        start_batch();
-        finish_batch();
-        while (next_tiles > 0) {
-            const uint32_t num_tiles = next_tiles;
-            take_batch();
-            if (ahead <= kBatch && buffer_of(tile) == 1) swap_names(0); /* a row starts in buffer 0 */
-            for (uint32_t i = 0; i < num_tiles; ++i) {
-                load(i);
-                if (i == 0) start_batch();
-                fill(i);
-                swap_names(2);
-                if (i == 0) finish_batch();
-            }
-        }
-        copy_async_wait_all();
-    }
-
-    __device__ __forceinline__ void swap_names(int used) {
-        const Tile old = tile + used;
-        tile = tile_after;
-        tile_after = old;
-    }
-};
 
 /* ---- consumers ---- */
 
@@ -745,10 +544,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
     Shared& shared = *(Shared*)memory;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; ++i) {
-            barrier_init(shared_address(&shared.full[i / 2][i % 2]), kProducerWarps);
+            barrier_init(shared_address(&shared.full[i / 2][i % 2]), 4);
             barrier_init(shared_address(&shared.free[i / 2][i % 2]), 4);
         }
-        for (int i = 0; i < 2; ++i) barrier_init(shared_address(&shared.rope_full[i]), 32 * kProducerWarps);
+        for (int i = 0; i < 2; ++i) barrier_init(shared_address(&shared.rope_full[i]), 128);
         if (kSplits > 1) {
             barrier_init(shared_address(&shared.others_may_write), 8 * (kSplits - 1));
             barrier_init(shared_address(&shared.others_have_written), 8 * (kSplits - 1));
@@ -770,23 +569,52 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
 #endif
 }
 
+/* A launch of num_clusters clusters; it keeps what its configuration points to. */
+template <int kSplits>
+struct Launch {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+
+    Launch(uint32_t num_clusters, cudaStream_t stream) {
+        config.gridDim = dim3(num_clusters * kSplits);
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = sizeof(Shared);
+        config.stream = stream;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = kSplits;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.attrs = &cluster;
+        config.numAttrs = kSplits > 1;
+    }
+    Launch(const Launch&) = delete;
+};
+
 template <int kSplits>
 dsa_status launch(const Arguments& a, uint32_t num_clusters, cudaStream_t stream) {
     const dsa_status status = allow_shared_bytes(attend<kSplits>, sizeof(Shared));
     if (status != DSA_OK) return status;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(num_clusters * kSplits);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = sizeof(Shared);
-    config.stream = stream;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = kSplits;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = kSplits > 1;
-    const cudaError_t error = cudaLaunchKernelEx(&config, attend<kSplits>, a);
+    const Launch<kSplits> launch(num_clusters, stream);
+    const cudaError_t error = cudaLaunchKernelEx(&launch.config, attend<kSplits>, a);
     return error != cudaSuccess ? status_of(error) : launched(stream);
+}
+
+/* Clusters of kSplits CTAs that the current device runs at the same time: fewer than multiprocessors / kSplits, because a
+ * cluster does not cross the device's parts. The answer never changes, so that threads may race to store it. */
+template <int kSplits>
+uint32_t max_clusters() {
+    static int32_t known[kMaxDevices]; /* 0: not asked yet; else one more than the answer */
+    int ordinal = 0, clusters = 0;
+    if (cudaGetDevice(&ordinal) != cudaSuccess || ordinal >= kMaxDevices) return 0;
+    const int32_t found = __atomic_load_n(&known[ordinal], __ATOMIC_ACQUIRE);
+    if (found != 0) return (uint32_t)(found - 1);
+    if (allow_shared_bytes(attend<kSplits>, sizeof(Shared)) != DSA_OK) return 0;
+    const Launch<kSplits> launch(1, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&clusters, attend<kSplits>, &launch.config) != cudaSuccess) {
+        cudaGetLastError();
+        clusters = 0;
+    }
+    __atomic_store_n(&known[ordinal], clusters + 1, __ATOMIC_RELEASE);
+    return (uint32_t)clusters;
 }
 
 }  // namespace
@@ -821,11 +649,11 @@ dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Devi
     a.num_items = (uint32_t)num_items;
     const uint32_t num_multiprocessors = (uint32_t)device.num_multiprocessors;
     const uint32_t num_tiles = (uint32_t)((params.topk + kTokens - 1) / kTokens);
-    a.is_prefetching = DSA_HEADS_PREFETCH == 2 ? a.num_items <= num_multiprocessors : DSA_HEADS_PREFETCH;
+    a.is_prefetching = DSA_HEADS_PREFETCH && a.num_items <= num_multiprocessors;
 #ifndef DSA_HEADS_NO_SPLIT
-    if (8 * a.num_items <= num_multiprocessors && num_tiles >= 16) return launch<8>(a, a.num_items, stream);
-    if (4 * a.num_items <= num_multiprocessors && num_tiles >= 8) return launch<4>(a, a.num_items, stream);
-    if (2 * a.num_items <= num_multiprocessors && num_tiles >= 2) return launch<2>(a, a.num_items, stream);
+    if (num_tiles >= 16 && a.num_items <= max_clusters<8>()) return launch<8>(a, a.num_items, stream);
+    if (num_tiles >= 8 && a.num_items <= max_clusters<4>()) return launch<4>(a, a.num_items, stream);
+    if (num_tiles >= 2 && a.num_items <= max_clusters<2>()) return launch<2>(a, a.num_items, stream);
 #endif
     return launch<1>(a, a.num_items < num_multiprocessors ? a.num_items : num_multiprocessors, stream);
 }

@@ -6,14 +6,18 @@
  * N of wgmma is the number of heads, so that 16 heads pay for 16 heads, and no widened copy of a row is ever stored.
  *
  * Numbers
- *   S   e4m3 numbers without their scales and the query are float16, both exact: the query is brought to [2^8, 2^9) by
- *       a power of two per head and group of 128 dims. Scales are applied to float32 sums, one group after the other.
- *   PV  usual scales (is_usual_scale): float16. The scale and the product are rounded, together by at most 2^-10 of the
- *       value, which is less than the bfloat16 rounding of the definition; P loses what lies below 2^-25 of the sum.
- *       A tile with any other scale: V = bfloat16(e4m3 * scale) by float32, P in bfloat16; slower, never wrong.
+ *   Usual scales (powers of two from 2^-12 to 2^4: is_usual_scale), which is what UE8M0 scales of a model are: the
+ *   value of an fp8 number is e4m3 * scale without rounding.
+ *     S   e4m3 numbers without their scales and the query are float16, both exact: the query is brought to [2^8, 2^9)
+ *         by a power of two per head and group of 128 dims. Scales multiply float32 sums, group after group.
+ *     PV  V = e4m3 * scale in float16, exact (2^-21 to 448 * 2^4); P in float16, which loses what lies below 2^-25 of
+ *         the sum and keeps more of the rest than bfloat16.
+ *   A tile with any other scale (kExact): as the definition says, the value is bfloat16(e4m3 * scale).
+ *     S   the value divided by the power of two in its scale: 8 bits, exact in float16; then as above.
+ *     PV  V and P in bfloat16.
  *
- * Order of the tokens of a k-step: fragment row g is token bit_reverse(g), row g + 8 is token bit_reverse(g) + 8. With rows
- * of 656 bytes this spreads both the reads along a row and those along the tokens over all banks.
+ * Order of the tokens of a k-step: fragment row g is token bit_reverse(g), row g + 8 is token bit_reverse(g) + 8. With
+ * rows of 656 bytes this spreads both the reads along a row and those along the tokens over all banks.
  */
 #ifndef DSA_GPU_SPARSE_MLA_SM90_ROWS_CUH_
 #define DSA_GPU_SPARSE_MLA_SM90_ROWS_CUH_
@@ -68,11 +72,11 @@ struct Arguments {
     float scale_log2; /* softmax_scale * log2(e) */
 };
 
-/* Who merges what, where kSpread CTAs share a row. A thread holds its heads 8 j + 2 c + e for 8 dims: units of 4 dims of one
- * head, in the order (j, e, dims). The first kOwners CTAs of a cluster are owners: CTA r merges the units
+/* Who merges what, where kSpread CTAs share a row. A thread holds its heads 8 j + 2 c + e for 8 dims: units of 4 dims
+ * of one head, in the order (j, e, dims). The first kOwners CTAs of a cluster are owners: CTA r merges the units
  * [r * kUnits, (r + 1) * kUnits) of every thread or, if there are more owners than units, one unit of the threads in
- * slice r % kSlices. What is sent goes to the same thread of another CTA, so that a warp sends 512 neighbouring bytes to
- * one place. */
+ * slice r % kSlices. What is sent goes to the same thread of another CTA, so that a warp sends 512 neighbouring bytes
+ * to one place. */
 template <int kHeads, int kSpread>
 struct Shares {
     static constexpr int kOwners = kSpread >= 16 ? 16 : kSpread >= 8 ? 8 : kSpread >= 4 ? 4 : kSpread >= 2 ? 2 : 1;
@@ -100,7 +104,7 @@ struct Shared {
     alignas(16) uint8_t buffer[kOwnBuffer ? kReceivedBytes : 16];
     float2 received_sums[kSpread][kHeads]; /* of every CTA: reference, sum */
     float query_scales[kGroups][kHeads];
-    float references[kTeams][kHeads];
+    alignas(8) float references[kTeams][kHeads];
     float warp_sums[kConsumerWarps][kHeads];
     int32_t maxima[kTeams][2][kHeads];     /* ordered() of the tile's largest scores */
     uint8_t valid[kSlots][kProducerWarps]; /* a bit per row */
@@ -138,7 +142,9 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 __device__ __forceinline__ float2 unpack_f16(uint32_t packed) {
     float2 v;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(packed));
     return v;
 }
 
@@ -155,8 +161,16 @@ __device__ __forceinline__ void widen(uint32_t bytes, uint32_t& low, uint32_t& h
         : "r"(bytes));
 }
 
-/* Largest product 448 * 2^4, smallest 2^-9 * 2^-12: the bounds leave P and V in float16 enough below them. */
-__device__ __forceinline__ bool is_usual_scale(float scale) { return scale >= 0x1p-12f && scale <= 0x1p4f; }
+__device__ __forceinline__ bool is_usual_scale(float scale) {
+    return scale >= 0x1p-12f && scale <= 0x1p4f && (__float_as_uint(scale) & 0x007FFFFF) == 0;
+}
+
+/* Two float16 numbers times factor, in [1, 2), rounded to the 8 bits of bfloat16. */
+__device__ __forceinline__ uint32_t multiply_as_bf16(uint32_t packed, float factor) {
+    const float2 v = unpack_f16(packed);
+    const uint32_t rounded = pack_bf16(v.x * factor, v.y * factor);
+    return pack_f16(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xFFFF0000));
+}
 
 /* Floats as integers of the same order, for atomicMax. */
 __device__ __forceinline__ int32_t ordered(float x) {
@@ -169,7 +183,9 @@ __device__ __forceinline__ float from_ordered(int32_t x) { return __int_as_float
 
 __device__ __forceinline__ uint4 load_16(const uint8_t* from) {
     uint4 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
     return v;
 }
 
@@ -195,7 +211,7 @@ __device__ __forceinline__ void store_shared_4(uint32_t to, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 
-/* Stores to a CTA of the cluster whose bytes count at a barrier of that CTA: no fence, no barrier of the whole cluster. */
+/* Stores to a CTA of the cluster whose bytes count at a barrier of that CTA: no fence, no barrier of the cluster. */
 __device__ __forceinline__ void send_4(uint32_t remote, float4 v, uint32_t remote_barrier) {
     asm volatile(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
@@ -228,6 +244,23 @@ __device__ __forceinline__ bool named_barrier_any(int id, int num_threads, bool 
 
 /* Fragment row g (0 .. 7) holds this row of its 16 tokens; row g + 8 the one 8 further. */
 __device__ __forceinline__ int token_of(int g) { return ((g & 1) << 2) | (g & 2) | (g >> 2); }
+
+/* Where a consumer thread stands. Warps of one warpgroup share a fragment of 64 rows. */
+struct Place {
+    int team; /* works on tiles team, team + kTeams, ... */
+    int wide; /* warpgroup within the team */
+    int warp; /* within the warpgroup */
+    int g;    /* fragment row, and g + 8 */
+    int c;    /* fragment columns 2 c, 2 c + 1 of every 8 */
+};
+
+template <int kWide>
+__device__ __forceinline__ Place place_of_thread() {
+    /* taken from one lane, so that the compiler sees that a warp agrees and keeps descriptors in uniform registers */
+    const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+    const int lane = threadIdx.x & 31;
+    return {kWide == 2 ? 0 : warp >> 2, kWide == 2 ? warp >> 2 : 0, warp & 3, lane >> 2, lane & 3};
+}
 
 }  // namespace rows
 }  // namespace gpu

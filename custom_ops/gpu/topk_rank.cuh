@@ -8,7 +8,7 @@ namespace dsa {
 namespace gpu {
 namespace topk {
 
-constexpr int kBinBits = 11;
+constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr uint32_t kFew = 32;
 
@@ -131,6 +131,31 @@ __device__ __forceinline__ Interval narrow(RankShared& shared, const Visit& visi
     }
 }
 
+/* Lists the keys of the interval, at most kFew. Few threads have one: the visit is without a branch, and only a thread
+ * with several goes through its keys again. */
+template <class Visit>
+__device__ __forceinline__ void list_few(RankShared& shared, const Visit& visit, const Interval& interval,
+                                         uint32_t cta) {
+    uint32_t count = 0, last = 0;
+    visit([&](uint32_t key) {
+        const bool is_in = interval.contains(key);
+        count += is_in;
+        last = is_in ? key : last;
+    });
+    if (count == 0) return;
+    uint32_t at = atomicAdd(&shared.num_few, count);
+    if (count == 1) {
+        shared.few[at] = last;
+        shared.few_cta[at] = cta;
+        return;
+    }
+    visit([&](uint32_t key) {
+        if (!interval.contains(key)) return;
+        shared.few[at] = key;
+        shared.few_cta[at++] = cta;
+    });
+}
+
 /* The key of the interval's rank, whose keys are in `few`; found by every warp alike. */
 __device__ __forceinline__ Ranked rank_few(const RankShared& shared, const Interval& interval) {
     const uint32_t lane = threadIdx.x & 31;
@@ -156,9 +181,7 @@ __device__ __forceinline__ Ranked key_of_rank(RankShared& shared, const Visit& v
                                               uint32_t high) {
     const Interval interval = narrow<kThreads>(shared, visit, from, low, high, kFew);
     if (interval.is_kept() || interval.count > kFew) return Ranked{interval.lowest, interval.rank, interval.count};
-    visit([&](uint32_t key) {
-        if (interval.contains(key)) shared.few[add_shared(&shared.num_few, 1u)] = key;
-    });
+    list_few(shared, visit, interval, 0u);
     __syncthreads();
     return rank_few(shared, interval);
 }

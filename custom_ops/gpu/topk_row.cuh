@@ -49,9 +49,8 @@ struct Problem {
     int32_t block_size_shift;
     int32_t ctas_per_row; /* a power of two */
     int32_t ctas_per_row_log2;
-    bool lets_next_start; /* before the last phase */
+    int32_t lets_next_start; /* 0: no, 1: before the last phase, 2: at once */
     bool is_aligned;      /* all rows start on 16 bytes */
-    int32_t vectors_ahead; /* that a CTA has on their way to L2 */
 #ifdef DSA_TOPK_TUNING
     long long* marks;
 #endif
@@ -326,10 +325,11 @@ __device__ __forceinline__ void store_async_words(uint32_t remote, uint4 four, u
 #endif
 }
 
-/* One arrival at the barrier of another CTA, which then expects so many more bytes. */
+/* One arrival at the barrier of another CTA, which then expects so many more bytes. Relaxed: what store_async sends is
+ * seen by whoever waits for its bytes, and a release would wait for all earlier stores. */
 __device__ __forceinline__ void arrive_expect_remote(uint32_t remote_barrier, uint32_t bytes) {
 #if DSA_TOPK_HOPPER
-    asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(remote_barrier),
+    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(remote_barrier),
                  "r"(bytes)
                  : "memory");
 #endif

@@ -47,7 +47,7 @@ struct __align__(16) SampledShared {
  *   bits        of a part's places, bit place % 32 of word place / 32, whole tiles
  *   uncertain   two words each: score, as bits of float32, and place
  *   table       block ids
- *   staged      positions in output order; not in clusters
+ *   staged      positions in output order; in clusters they take the place of `gathered`
  *   gathered    uncertain keys of the row; only in clusters
  */
 struct Room {
@@ -212,13 +212,11 @@ __device__ __forceinline__ void collect_edge(SampledShared& shared, const Found&
 template <int kThreads, int kTileVectors, bool kLoadsAhead>
 __device__ __forceinline__ void collect_part(SampledShared& shared, const Row& row, const Part& part, const Found& found,
                                              uint32_t capacity, const Guess& guess, float (&scores)[kTileVectors][4],
-                                             uint32_t valid, int32_t vector, int32_t vectors_ahead, Edge& edge) {
+                                             uint32_t valid, int32_t vector, Edge& edge) {
     const Limits limits = {score_of_key(guess.low), score_of_key(guess.high),
                            guess.low <= kNanKey};
     uint32_t sure = 0;
     for (int32_t base = part.first;;) {
-        if (threadIdx.x < 32)
-            fetch_ahead(row, part, base + vectors_ahead, base + vectors_ahead + kThreads * kTileVectors);
         base += kThreads * kTileVectors;
         const int32_t next_vector = vector + kThreads * kTileVectors;
         float next_scores[kTileVectors][4];
@@ -239,7 +237,8 @@ __device__ __forceinline__ void collect_part(SampledShared& shared, const Row& r
 
 /* ---- exchange ---- */
 
-/* Stores the keys of this CTA at gather + first of every CTA of the row, four at a time; the last may be kNoKey. */
+/* Stores the keys of this CTA at gather + first of every CTA of the row, four at a time; what follows the last
+ * is never looked at. */
 template <int kThreads>
 __device__ __forceinline__ void push_keys(const Found& mine, uint32_t* gather, uint32_t first, uint32_t cta,
                                           uint32_t num_ctas_log2, uint32_t barrier) {
@@ -249,11 +248,9 @@ __device__ __forceinline__ void push_keys(const Found& mine, uint32_t* gather, u
     const uint32_t num_pairs = (mine.count + 3) / 4 << num_ctas_log2;
     for (uint32_t pair = threadIdx.x; pair < num_pairs; pair += kThreads) {
         const uint32_t to = (pair + cta) & ((1u << num_ctas_log2) - 1), i = (pair >> num_ctas_log2) * 4;
-        uint4 four;
-        four.x = mine.key(i);
-        four.y = i + 1 < mine.count ? mine.key(i + 1) : kNoKey;
-        four.z = i + 2 < mine.count ? mine.key(i + 2) : kNoKey;
-        four.w = i + 3 < mine.count ? mine.key(i + 3) : kNoKey;
+        const uint4 two = *(const uint4*)(mine.uncertain + i), next = *(const uint4*)(mine.uncertain + i + 2);
+        const uint4 four = make_uint4(rank_key(__uint_as_float(two.x)), rank_key(__uint_as_float(two.z)),
+                                      rank_key(__uint_as_float(next.x)), rank_key(__uint_as_float(next.z)));
         store_async_words(remote_word(gather + first, to) + 4 * i, four, remote_address(barrier, to));
     }
 #endif
@@ -310,12 +307,13 @@ __device__ __forceinline__ bool exchange(const Problem& p, SampledShared& shared
     return true;
 }
 
-/* Calls use(key, cta) for this thread's share of the keys, and with kNoKey. Several at a time, so that they wait for
- * shared memory together. */
+/* Calls visit_region(cta, visit) for every CTA of which this warp looks at keys; visit(use) calls use(key) for those of
+ * this thread, and with kNoKey: several at a time, so that they wait for shared memory together. */
 constexpr int kVisited = 4;
 
-template <int kThreads, class Use>
-__device__ __forceinline__ void visit_gathered(const SampledShared& shared, const Gathered& gathered, const Use& use) {
+template <int kThreads, class VisitRegion>
+__device__ __forceinline__ void visit_regions(const SampledShared& shared, const Gathered& gathered,
+                                              const VisitRegion& visit_region) {
     constexpr uint32_t kWarps = kThreads / 32, kWarpsLog2 = kWarps == 8 ? 3 : 4;
     static_assert(kWarps == 1 << kWarpsLog2, "");
     const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -326,19 +324,25 @@ __device__ __forceinline__ void visit_gathered(const SampledShared& shared, cons
     for (uint32_t cta = warp >> sharing_log2; cta < 1u << ctas_log2; cta += kWarps >> sharing_log2) {
         const uint32_t count = shared.counts[cta] & 0xFFFF;
         const uint32_t* keys = gathered.keys + cta * gathered.region;
-        if (gathered.region == 0)
-            for (uint32_t other = 0; other < cta; ++other) keys += shared.counts[other] & 0xFFFF;
-        for (uint32_t base = start & ~31u; base < count; base += kVisited * 32 << sharing_log2) {
-            uint32_t some[kVisited];
+        visit_region(cta, [&](const auto& use) {
+            for (uint32_t first = start; first - lane < count; first += kVisited * 32 << sharing_log2) {
+                uint32_t some[kVisited];
 #pragma unroll
-            for (int n = 0; n < kVisited; ++n) {
-                const uint32_t i = base + lane + (n * 32 << sharing_log2);
-                some[n] = i < count ? keys[i] : kNoKey;
+                for (int n = 0; n < kVisited; ++n) {
+                    const uint32_t i = first + (n * 32 << sharing_log2);
+                    some[n] = i < count ? keys[i] : kNoKey;
+                }
+#pragma unroll
+                for (int n = 0; n < kVisited; ++n) use(some[n]);
             }
-#pragma unroll
-            for (int n = 0; n < kVisited; ++n) use(some[n], cta);
-        }
+        });
     }
+}
+
+/* The keys of all CTAs alike. */
+template <int kThreads, class Use>
+__device__ __forceinline__ void visit_gathered(const SampledShared& shared, const Gathered& gathered, const Use& use) {
+    visit_regions<kThreads>(shared, gathered, [&](uint32_t, const auto& visit) { visit(use); });
 }
 
 /* ---- rank ---- */
@@ -356,9 +360,14 @@ template <int kThreads>
 __device__ __forceinline__ void count_shares(SampledShared& shared, const Gathered& gathered, uint32_t threshold) {
     if (threadIdx.x < kMaxCtasPerRow) shared.above[threadIdx.x] = shared.equal[threadIdx.x] = 0;
     __syncthreads();
-    visit_gathered<kThreads>(shared, gathered, [&](uint32_t key, uint32_t owner) {
-        if (key > threshold) atomicAdd(&shared.above[owner], 1u);
-        if (key == threshold) atomicAdd(&shared.equal[owner], 1u);
+    visit_regions<kThreads>(shared, gathered, [&](uint32_t owner, const auto& visit) {
+        uint32_t above = 0, equal = 0;
+        visit([&](uint32_t key) {
+            above += key > threshold;
+            equal += key == threshold;
+        });
+        if (above > 0) atomicAdd(&shared.above[owner], above);
+        if (equal > 0) atomicAdd(&shared.equal[owner], equal);
     });
     __syncthreads();
 }
@@ -395,15 +404,29 @@ __device__ __noinline__ Share share_from_leader(const Problem& p, SampledShared&
     const uint32_t to = remote_word(gather + __reduce_add_sync(kFullWarp, lane < cta ? count : 0), leader);
     for (uint32_t i = thread; i < mine.count; i += kThreads) store_remote_word(to + 4 * i, mine.key(i));
     row_sync<true>();
-    gathered.region = 0;
     if (cta == leader) {
+        const uint32_t total = __reduce_add_sync(kFullWarp, count);
         const auto visit = [&](const auto& use) {
-            visit_gathered<kThreads>(shared, gathered, [&](uint32_t key, uint32_t) { use(key); });
+            for (uint32_t i = thread; i < total; i += kThreads) use(gather[i]);
         };
         const Interval interval = {guess.low, guess.high, (uint32_t)p.topk - gathered.sure, 0};
         const Ranked ranked = key_of_rank<kThreads>(shared.rank, visit, interval, guess.low,
                                                     min(guess.high, max(guess.highest, guess.low)));
-        count_shares<kThreads>(shared, gathered, ranked.key);
+        if (thread < kMaxCtasPerRow) shared.above[thread] = shared.equal[thread] = 0;
+        __syncthreads();
+        const uint32_t* keys = gather;
+        for (uint32_t owner = 0; owner < num_ctas; ++owner) {
+            const uint32_t num_keys = shared.counts[owner] & 0xFFFF;
+            uint32_t above = 0, equal = 0;
+            for (uint32_t i = thread; i < num_keys; i += kThreads) {
+                above += keys[i] > ranked.key;
+                equal += keys[i] == ranked.key;
+            }
+            if (above > 0) atomicAdd(&shared.above[owner], above);
+            if (equal > 0) atomicAdd(&shared.equal[owner], equal);
+            keys += num_keys;
+        }
+        __syncthreads();
         for (uint32_t other = thread >> 5; other < num_ctas; other += kThreads / 32) {
             const uint32_t word = lane < 16 ? shared.above[lane] : shared.equal[lane - 16];
             store_remote_word(remote_word(lane < 16 ? shared.above + lane : shared.equal + lane - 16, other), word);
@@ -420,13 +443,9 @@ __device__ __noinline__ Share share_of_few(SampledShared& shared, const Gathered
                                            const Interval interval) {
     const uint32_t lane = threadIdx.x & 31;
     uint32_t above = 0;
-    visit_gathered<kThreads>(shared, gathered, [&](uint32_t key, uint32_t owner) {
-        above += key > interval.highest && owner < cta;
-        if (interval.contains(key)) {
-            const uint32_t at = atomicAdd(&shared.rank.num_few, 1u);
-            shared.rank.few[at] = key;
-            shared.rank.few_cta[at] = owner;
-        }
+    visit_regions<kThreads>(shared, gathered, [&](uint32_t owner, const auto& visit) {
+        if (owner < cta) visit([&](uint32_t key) { above += key > interval.highest; });
+        list_few(shared.rank, visit, interval, owner);
     });
     above = __reduce_add_sync(kFullWarp, above);
     if (lane == 0 && above > 0) add_shared(&shared.above_before, above);
@@ -449,7 +468,7 @@ __device__ __forceinline__ Share rank_gathered(const Problem& p, SampledShared& 
                                                uint32_t cta, const Guess& guess) {
     const uint32_t lane = threadIdx.x & 31;
     const auto visit = [&](const auto& use) {
-        visit_gathered<kThreads>(shared, gathered, [&](uint32_t key, uint32_t) { use(key); });
+        visit_gathered<kThreads>(shared, gathered, use);
     };
     Interval interval = {guess.low, guess.high, (uint32_t)p.topk - gathered.sure, 0};
     interval = narrow<kThreads>(shared.rank, visit, interval, guess.low, min(guess.high, max(guess.highest, guess.low)),
@@ -457,8 +476,9 @@ __device__ __forceinline__ Share rank_gathered(const Problem& p, SampledShared& 
     MARK(7);
     if (interval.is_kept()) {
         uint32_t above = 0;
-        visit_gathered<kThreads>(shared, gathered,
-                                 [&](uint32_t key, uint32_t owner) { above += key >= interval.lowest && owner < cta; });
+        visit_regions<kThreads>(shared, gathered, [&](uint32_t owner, const auto& visit) {
+            if (owner < cta) visit([&](uint32_t key) { above += key >= interval.lowest; });
+        });
         above = __reduce_add_sync(kFullWarp, above);
         if (lane == 0 && above > 0) add_shared(&shared.above_before, above);
         __syncthreads();
@@ -503,9 +523,9 @@ __device__ __noinline__ uint32_t last_tie(SampledShared& shared, const Found min
     return ~key_of_rank<kThreads>(shared.rank, visit, interval, interval.lowest, interval.highest).key;
 }
 
-/* Calls act(order, place) for every bit: order counts the bits at smaller places. */
+/* Calls act(order, place) for every bit: order counts the bits at smaller places. Returns their number. */
 template <int kThreads, class Act>
-__device__ __forceinline__ void in_order(SampledShared& shared, const uint32_t* bits, uint32_t num_words, const Act& act) {
+__device__ __forceinline__ uint32_t in_order(SampledShared& shared, const uint32_t* bits, uint32_t num_words, const Act& act) {
     const uint32_t thread = threadIdx.x;
     if (num_words <= kThreads) {
         /* Every thread has at most a word: 8, 16 or 32 bits, so that as many as possible have some. */
@@ -513,17 +533,18 @@ __device__ __forceinline__ void in_order(SampledShared& shared, const uint32_t* 
         const uint32_t first = thread << split_log2;
         uint32_t left = first < 32 * num_words ? bits[first >> 5] >> (first & 31) : 0;
         left &= 0xFFFFFFFFu >> (32 - (1u << split_log2));
-        uint32_t order = exclusive_sum<kThreads>(__popc(left), shared.warp_totals, nullptr);
+        uint32_t total, order = exclusive_sum<kThreads>(__popc(left), shared.warp_totals, &total);
         for (; left != 0; left &= left - 1) act(order++, first + __ffs(left) - 1);
-        return;
+        return total;
     }
     const uint32_t each = (num_words + kThreads - 1) / kThreads;
     const uint32_t begin = min(thread * each, num_words), end = min(begin + each, num_words);
     uint32_t sum = 0;
     for (uint32_t word = begin; word < end; ++word) sum += __popc(bits[word]);
-    uint32_t order = exclusive_sum<kThreads>(sum, shared.warp_totals, nullptr);
+    uint32_t total, order = exclusive_sum<kThreads>(sum, shared.warp_totals, &total);
     for (uint32_t word = begin; word < end; ++word)
         for (uint32_t left = bits[word]; left != 0; left &= left - 1) act(order++, 32 * word + __ffs(left) - 1);
+    return total;
 }
 
 template <int kThreads, bool kClustered>
@@ -544,20 +565,20 @@ __device__ __forceinline__ void write_selected(const Problem& p, const Row& row,
     __syncthreads();
     const uint32_t num_words = (uint32_t)(part.end - part.first + 7) >> 3;
     const int32_t first = 4 * part.first - row.skew;
+    const uint32_t count = in_order<kThreads>(
+        shared, mine.bits, num_words, [&](uint32_t order, uint32_t place) { staged[order] = first + (int32_t)place; });
+    __syncthreads();
+    MARK(8);
     if (kClustered) {
         int32_t* positions = p.positions + t * p.topk + share.first_output;
         int32_t* slots = p.slot_ids + t * p.topk + share.first_output;
-        in_order<kThreads>(shared, mine.bits, num_words, [&](uint32_t order, uint32_t place) {
-            const int32_t position = first + (int32_t)place;
-            positions[order] = position;
-            slots[order] = slot_of(p, row, table, position);
-        });
+        for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+            const int32_t position = staged[i];
+            positions[i] = position;
+            slots[i] = slot_of(p, row, table, position);
+        }
         if (threadIdx.x == 0 && share.first_output == 0) p.counts[t] = p.topk;
     } else {
-        in_order<kThreads>(shared, mine.bits, num_words,
-                           [&](uint32_t order, uint32_t place) { staged[order] = first + (int32_t)place; });
-        __syncthreads();
-        MARK(8);
         write_staged<kThreads>(p, row, t, table, staged);
     }
 }
@@ -585,6 +606,7 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     const int64_t t = kClustered ? blockIdx.x >> p.ctas_per_row_log2 : blockIdx.x;
 #if DSA_TOPK_HOPPER
     wait_for_previous_kernel();
+    if (p.lets_next_start == 2) let_next_kernel_start();
 #endif
     const Row row = row_of(p, t);
     if (row.length <= p.topk) {
@@ -611,7 +633,6 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     float scores[kTileVectors][4];
     const int32_t vector = first_vector_of_thread<kTileVectors>(part);
     const uint32_t valid = load_whole<kTileVectors>(row, part, vector, scores);
-    if (thread < 32) fetch_ahead(row, part, part.first + kThreads * kTileVectors, part.first + p.vectors_ahead);
     Edge edge = {edge_place(row, part), 0, false};
     load_score_if(edge.place >= 0, row.vectors + edge.place, edge.score);
     start_ranking<kThreads>(shared.rank);
@@ -622,8 +643,8 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     Guess guess = {kNoKey + 1, ~0u, 0xFF800000u, kNoKey};
     if (sampled) guess = guess_from_sample<kThreads, kEach>(p, row, shared, sample);
     MARK(3);
-    collect_part<kThreads, kTileVectors, kCtas < 4>(shared, row, part, mine, room.capacity, guess, scores, valid, vector,
-                                                     p.vectors_ahead, edge);
+    collect_part<kThreads, kTileVectors, (kCtas < 4 || kTileVectors == 2)>(shared, row, part, mine, room.capacity, guess, scores, valid, vector,
+                                                     edge);
     __syncthreads();
     mine.count = shared.num_uncertain;
     MARK(4);
@@ -654,10 +675,12 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     else
         share = share_from_leader<kThreads>(p, shared, mine, gather, cta, gathered, guess);
 #if DSA_TOPK_HOPPER
-    if (p.lets_next_start) let_next_kernel_start();
+    if (p.lets_next_start == 1) let_next_kernel_start();
 #endif
     MARK(6);
-    write_selected<kThreads, kClustered>(p, row, t, shared, mine, part, edge, share, table, staged);
+    /* The gathered keys are not needed any more. */
+    write_selected<kThreads, kClustered>(p, row, t, shared, mine, part, edge, share, table,
+                                         kClustered ? (int32_t*)gather : staged);
     MARK(9);
 }
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ void select_short(const Problem& p, const Row& row, i
     const Ranked threshold = key_of_rank<kThreads>(shared.rank, visit, all, low, high);
     MARK(6);
 #if DSA_TOPK_HOPPER
-    if (p.lets_next_start) let_next_kernel_start();
+    if (p.lets_next_start == 1) let_next_kernel_start();
 #endif
 
     uint32_t chosen = 0;
@@ -99,6 +99,7 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void topk_short_kernel(c
     MARK(0);
 #if DSA_TOPK_HOPPER
     wait_for_previous_kernel();
+    if (p.lets_next_start == 2) let_next_kernel_start();
 #endif
     const int64_t t = blockIdx.x;
     const Row row = row_of(p, t);

@@ -13,8 +13,9 @@ namespace {
 using topk::Problem;
 using topk::Room;
 
-constexpr int64_t kBytesAhead = 16 << 20; /* of all CTAs together in L2 */
 constexpr int32_t kLeastCapacity = 1024;
+constexpr int64_t kLongestPart = 1 << 20; /* more bits than that fit no shared memory */
+constexpr int32_t kLongestRow = INT32_MAX - (1 << 20); /* places of a tile behind a row's end fit int32 */
 constexpr int32_t kUsualCtasPerRow = 8; /* what a cluster may have everywhere */
 constexpr int32_t kLeastPartLength = 1024;
 constexpr int32_t kLongLength = 32768;
@@ -87,6 +88,10 @@ int32_t ctas_per_row(const Device& device, int64_t num_rows, int32_t length) {
     return ctas;
 }
 
+/* The next kernel may wait on multiprocessors that this one leaves free; where there are none, it would crowd out CTAs
+ * of its own, and starts near the end. */
+int32_t lets_next_start(const Device& device, int64_t num_ctas) { return 2 * num_ctas <= device.num_multiprocessors ? 2 : 1; }
+
 template <typename... Params>
 dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, int32_t cluster, int32_t shared_bytes,
                   const Device& device, cudaStream_t stream, const Params&... params) {
@@ -111,7 +116,7 @@ dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, 
     }
     bool overlaps = true;
 #ifdef DSA_TOPK_TUNING
-    overlaps = g_overlap < 3;
+    overlaps = g_overlap != 3;
 #endif
     if (overlaps && device.has_hopper_instructions) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -139,16 +144,18 @@ int32_t uncertain_scores(const Problem& p) {
     return (int32_t)(each * (ranks + 3.5 * sqrt(has_sure ? 2 * expected : ranks))) + 64;
 }
 
-int32_t round_up(int64_t number, int32_t multiple) { return (int32_t)((number + multiple - 1) / multiple * multiple); }
+int32_t round_up(int32_t number, int32_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
 template <int kThreads, int kVectors, bool kClustered, int kCtas>
-dsa_status launch_sampled(Problem p, int64_t num_rows, const Device& device, cudaStream_t stream) {
-    const int32_t part = round_up(p.max_length / p.ctas_per_row + 64, 4 * kVectors * kThreads);
+dsa_status launch_sampled(const Problem& p, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    const int64_t tile = 4 * kVectors * kThreads;
+    const int64_t part = (p.max_length / p.ctas_per_row + 64 + tile - 1) / tile * tile;
+    if (part > kLongestPart) return launch_digits(p, num_rows, device, stream);
     Room room = {};
-    room.bits = part / 32;
+    room.bits = (int32_t)(part / 32);
     room.capacity = round_up(uncertain_scores(p), 32);
-    const int32_t entries = part / p.block_size + 2;
-    room.table = round_up(entries < topk::kMaxTableEntries ? entries : topk::kMaxTableEntries, 4);
+    const int64_t entries = part / p.block_size + 2;
+    room.table = entries < topk::kMaxTableEntries ? round_up((int32_t)entries, 4) : topk::kMaxTableEntries;
     room.staged = kClustered ? 0 : round_up(p.topk, 4);
     room.gathered = kClustered ? (int32_t)topk::kGatheredKeys : 0;
 #ifdef DSA_TOPK_TUNING
@@ -158,14 +165,6 @@ dsa_status launch_sampled(Problem p, int64_t num_rows, const Device& device, cud
     const int32_t affordable = (device.max_shared_bytes - fixed) / 8 & ~31;
     if (affordable < room.capacity) room.capacity = affordable;
     if (room.capacity < kLeastCapacity) return launch_digits(p, num_rows, device, stream);
-    const int64_t resident = (int64_t)device.num_multiprocessors * kCtas;
-    const int64_t num_ctas = num_rows * p.ctas_per_row;
-    p.vectors_ahead = (int32_t)(kBytesAhead / 16 / (num_ctas < resident ? num_ctas : resident));
-#ifdef DSA_TOPK_TUNING
-    if (g_path == 4) p.vectors_ahead = 0;
-    if (g_path == 5) p.vectors_ahead /= 2;
-    if (g_path == 6) p.vectors_ahead *= 2;
-#endif
     /* Bytes: 4 a score once, 8 a kept position. */
     return launch(topk::topk_sampled_kernel<kThreads, kVectors, kClustered, kCtas>, num_rows * p.ctas_per_row, kThreads, p.ctas_per_row,
                   fixed + 8 * room.capacity, device, stream, p, room);
@@ -182,12 +181,17 @@ int32_t short_length(const Problem& p, int32_t vectors) { return 4 * vectors - (
 
 dsa_status select(const Problem& problem, int64_t num_rows, const Device& device, cudaStream_t stream) {
     Problem p = problem;
+    if (p.max_length > kLongestRow) return DSA_UNSUPPORTED;
     int path = 0;
     int threads = 0;
+    int next_start = 0;
+    p.lets_next_start = lets_next_start(device, num_rows);
 #ifdef DSA_TOPK_TUNING
     path = g_path;
     threads = g_threads;
-    p.lets_next_start = g_overlap < 2;
+    next_start = g_overlap;
+    if (next_start == 1 || next_start == 2) p.lets_next_start = next_start;
+    if (next_start == 4) p.lets_next_start = 0;
 #endif
     if (path == 0 || path == 3) {
         if (p.max_length <= short_length(p, 1024)) {
@@ -200,14 +204,18 @@ dsa_status select(const Problem& problem, int64_t num_rows, const Device& device
     }
     p.ctas_per_row = ctas_per_row(device, num_rows, p.max_length);
     while (1 << p.ctas_per_row_log2 < p.ctas_per_row) ++p.ctas_per_row_log2;
+    if (next_start == 0) p.lets_next_start = lets_next_start(device, num_rows * p.ctas_per_row);
     const bool clustered = p.ctas_per_row > 1;
     if (path == 2 || p.topk > topk::kMaxCandidateTopk) return launch_digits(p, num_rows, device, stream);
     if (threads == 0)
         threads = num_rows * p.ctas_per_row <= device.num_multiprocessors ? 512 : p.max_length < kLongLength ? 256 : 257;
+    if (clustered && threads == 259) return launch_sampled<256, 4, true, 1>(p, num_rows, device, stream);
+    if (clustered && threads == 260) return launch_sampled<256, 2, true, 1>(p, num_rows, device, stream);
     if (clustered && p.max_length <= 4096 * p.ctas_per_row && threads != 514)
         return launch_sampled<512, 2, true, 1>(p, num_rows, device, stream);
     if (clustered) return launch_sampled<512, 4, true, 1>(p, num_rows, device, stream);
     if (threads == 256) return launch_sampled<256, 4, false, 4>(p, num_rows, device, stream);
+    if (threads == 258) return launch_sampled<256, 2, false, 4>(p, num_rows, device, stream);
     if (threads == 257) return launch_sampled<256, 4, false, 3>(p, num_rows, device, stream);
     return launch_sampled<512, 4, false, 1>(p, num_rows, device, stream);
 }

@@ -49,19 +49,6 @@ __device__ __forceinline__ uint32_t load_whole(const Row& row, const Part& part,
     return valid;
 }
 
-/* Has the whole vectors begin .. end of a part on their way to L2, without registers to wait in. One warp calls it. */
-__device__ __forceinline__ void fetch_ahead(const Row& row, const Part& part, int32_t begin, int32_t end) {
-#if DSA_TOPK_HOPPER
-    begin = max(begin, row.first_whole());
-    end = min(min(end, part.end), row.end_whole());
-    constexpr int32_t kVectors = 128;
-    for (int32_t at = begin + (int32_t)(threadIdx.x & 31) * kVectors; at < end; at += 32 * kVectors)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row.vectors + 4 * (int64_t)at),
-                     "r"(16 * min(kVectors, end - at))
-                     : "memory");
-#endif
-}
-
 /* All scores of a tile that belong to the part. */
 template <int kVectors>
 __device__ __forceinline__ uint32_t load_tile(const Row& row, const Part& part, int32_t vector,

@@ -17,8 +17,8 @@ divided by the launches in it. Launch cost on the host is not in them, nor is wh
 input sets take turns that their bytes exceed 2.5 times the L2: every launch finds its inputs cold, as in a model,
 where other layers ran in between. The rows of top-k stay in the L2, where the indexer has just written them. Ours and
 the peers ran in one process, on the same inputs, each checked against float64 on sampled rows first, with the outputs
-poisoned. Some of our kernels start while the launch before them ends (programmatic dependent launch); they wait for
-its results before they read or write.
+poisoned. Some of our kernels start while the launch before them ends (programmatic dependent launch): they wait for
+its results before they read or write, but the writes ask for their inputs to be brought into the L2 before that.
 
 `best peer` is the fastest published kernel, or sequence of kernels, for the same work on the same cache format,
 `ratio` our time over its time: below 1 we are faster. `floor` is the larger of bytes over the measured rate of a copy
