@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from fastdeploy_dsa.engine.progress import ProgressBar
 from fastdeploy_dsa.engine.prompts import Prompt, PromptLike, PromptReader
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.sampling_params import MAX_SEED, SamplingParams
-from fastdeploy_dsa.engine.scheduler import SchedulerLimits
+from fastdeploy_dsa.engine.speculative.config import read_speculative_config
+from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from fastdeploy_dsa.engine.tokenizer import load_tokenizer
 from fastdeploy_dsa.engine.validation import require_bool, require_int
 
@@ -50,6 +54,7 @@ class LLM:
         num_threads: int = 0,
         seed: int = 0,
         hf_overrides: Mapping[str, Any] | None = None,
+        speculative_config: Mapping[str, Any] | str | None = None,
         progress: bool | None = None,
         check_integrity: bool = False,
     ) -> None:
@@ -69,10 +74,13 @@ class LLM:
                 that have to give way, and what is cached for later prompts. 0: there is none, they are computed again.
                 If it cannot be allocated, a warning is logged and there is none.
             max_num_batched_tokens: Tokens of a step; longer prompts are computed in chunks.
-            max_num_seqs: Requests that run at a time, the others wait; None: 32, or max_num_batched_tokens if less.
+            max_num_seqs: Requests that run at a time, the others wait; None: 32, or as many as max_num_batched_tokens
+                has room for, with all their drafts.
             num_threads: Of the CPU ops; 0 means every processor the process may run on.
             seed: For requests without a seed of their own.
             hf_overrides: Keys that replace those of config.json.
+            speculative_config: {"method": "mtp", "num_speculative_tokens": 3}, or that as JSON text: the checkpoint's
+                MTP layer drafts tokens, which are verified in one step, see docs/mtp.md; None: one token at a time.
             progress: Bars on stderr while loading and generating takes long; None: only if stderr is a terminal.
             check_integrity: For debugging: check after every step that no block is lost or given out twice.
 
@@ -85,6 +93,8 @@ class LLM:
         cache_format = read_cache_dtype(cache_dtype)
         cache_bytes = read_bytes("cache_memory", cache_memory)
         host_bytes = read_bytes("swap_space", swap_space, low=0)
+        speculative = read_speculative_config(speculative_config)
+        num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
         is_prefix_cached = require_bool("enable_prefix_caching", enable_prefix_caching)
         self.config = read_model_config(folder, hf_overrides)
         longest = self.config.max_position_embeddings
@@ -92,12 +102,13 @@ class LLM:
             longest = require_int("max_model_len", max_model_len, low=2, high=longest)
         budget = require_int("max_num_batched_tokens", max_num_batched_tokens, low=1)
         if max_num_seqs is None:
-            max_num_seqs = min(_DEFAULT_MAX_NUM_SEQS, budget)
+            max_num_seqs = max(1, min(_DEFAULT_MAX_NUM_SEQS, budget // (1 + num_drafts)))
         limits = SchedulerLimits(
             max_num_batched_tokens=budget,
             max_num_seqs=require_int("max_num_seqs", max_num_seqs, low=1),
             max_model_len=longest,
             block_size=require_int("block_size", block_size, low=1),
+            num_speculative_tokens=num_drafts,
         )
         options = CacheOptions(
             cache_dtype=cache_format,
@@ -112,7 +123,9 @@ class LLM:
         self._reader = PromptReader(
             self._tokenizer, reason, vocab_size=self.config.vocab_size, max_model_len=limits.max_model_len
         )
-        loaded = load_runner(folder, config=self.config, options=options, progress=progress)
+        loaded = load_runner(
+            folder, config=self.config, options=options, progress=progress, drafts=speculative is not None
+        )
         self._max_cached_tokens = loaded.num_blocks * limits.block_size
         self._max_model_len = limits.max_model_len
         self._cache = CacheManager(
@@ -120,13 +133,19 @@ class LLM:
             num_blocks=loaded.num_blocks,
             block_size=limits.block_size,
             is_prefix_cached=is_prefix_cached,
+            # A draft layer's entry of a position is made from the token behind it.
+            num_lookahead_tokens=0 if speculative is None else 1,
         )
+        self._proposer = None
+        if speculative is not None and loaded.draft_runner is not None:
+            self._proposer = Proposer(loaded.draft_runner, speculative, block_size=limits.block_size)
         self._core = EngineCore(
             runner=loaded.runner,
             cache=self._cache,
             limits=limits,
             eos_token_ids=self.config.eos_token_ids,
             bytes_per_block=loaded.cache_controller.bytes_per_block,
+            proposer=self._proposer,
             checks_integrity=require_bool("check_integrity", check_integrity),
         )
         self._num_requests = 0
@@ -182,6 +201,10 @@ class LLM:
     def cache_stats(self) -> EngineCacheStats:
         """What the cache did so far, and what its blocks are used for now."""
         return EngineCacheStats(replace(self._core.scheduler.counts), self._cache.stats())
+
+    def speculative_stats(self) -> SpeculativeStats:
+        """What drafting brought so far; all 0 without it."""
+        return SpeculativeStats() if self._proposer is None else deepcopy(self._proposer.stats)
 
     def _run(self, requests: list[Request]) -> Iterator[RequestDelta]:
         try:

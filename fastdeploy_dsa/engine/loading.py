@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cache_manager import CacheConfig, CacheController, HostAllocationFailed
+from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.select import create_attention_backend
 from fastdeploy_dsa.block_copier import PaddleBlockCopier
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
 from fastdeploy_dsa.config import DsaConfig
 from fastdeploy_dsa.engine.progress import ProgressBar
 from fastdeploy_dsa.engine.runner import ModelRunner
-from fastdeploy_dsa.models import load_model
+from fastdeploy_dsa.engine.speculative.mtp_runner import MtpRunner
+from fastdeploy_dsa.models import MtpModel, load_model, load_model_with_mtp
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions
 
 
@@ -104,23 +106,39 @@ class LoadedModel:
 
     Attributes:
         runner: The model with its cache.
+        draft_runner: The checkpoint's draft model with its own; None if it was not asked for.
         cache_controller: Has a host tier if one was asked for and could be allocated.
         num_blocks: Of the cache.
     """
 
     runner: ModelRunner
+    draft_runner: MtpRunner | None
     cache_controller: CacheController
     num_blocks: int
 
 
-def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progress: bool | None) -> LoadedModel:
-    """Load the weights and allocate the cache.
+def load_runner(
+    folder: Path, *, config: DsaConfig, options: CacheOptions, progress: bool | None, drafts: bool = False
+) -> LoadedModel:
+    """Load the weights and allocate the caches.
+
+    Args:
+        folder: The checkpoint.
+        config: Of the model.
+        options: Of the caches.
+        progress: As LLM.
+        drafts: Whether the checkpoint's draft model is wanted.
 
     Raises:
-        ValueError: As load_model and create_attention_backend, or the cache or its host tier is too small for a block.
+        ValueError: As load_model_with_mtp and create_attention_backend, or the cache or its host tier is too small for
+            a block.
     """
+    draft_model: MtpModel | None = None
     with ProgressBar("loading weights", 1, is_wanted=progress) as bar:
-        model = load_model(folder, config=config, on_tensor=bar.update)
+        if drafts:
+            model, draft_model = load_model_with_mtp(folder, config=config, on_tensor=bar.update)
+        else:
+            model = load_model(folder, config=config, on_tensor=bar.update)
     cpu = CpuOptions(num_threads=options.num_threads)
     backend = create_attention_backend(
         model.config,
@@ -128,15 +146,21 @@ def load_runner(folder: Path, *, config: DsaConfig, options: CacheOptions, progr
         block_size=options.block_size,
         cpu=cpu,
     )
-    num_layers = model.config.num_hidden_layers
-    bytes_per_block = backend.bytes_per_block(num_layers)
+    num_layers, num_draft_layers = model.config.num_hidden_layers, 0 if draft_model is None else 1
+    bytes_per_block = backend.bytes_per_block(num_layers + num_draft_layers)
     num_blocks = options.choose_num_blocks(bytes_per_block)
     cache_config = CacheConfig(num_layers=num_layers, num_host_blocks=options.num_host_blocks(bytes_per_block))
     controller = CacheController(cache_config, copier=PaddleBlockCopier(cpu))
     controller.initialize_kv_cache(backend, num_blocks)
+    if draft_model is not None:
+        controller.initialize_mtp_kv_cache(backend, num_blocks, num_draft_layers, layer_offset=num_layers)
     try:
         controller.initialize_host_cache()
     except HostAllocationFailed as failure:
         logging.getLogger(__name__).warning("%s; going on without swap_space", failure)
     runner = ModelRunner(model, backend, controller.caches, block_size=options.block_size)
-    return LoadedModel(runner, controller, num_blocks)
+    draft_runner = None
+    if draft_model is not None:
+        assert isinstance(backend, DSAAttentionBackend), "a model with an indexer has this one"  # noqa: S101
+        draft_runner = MtpRunner(draft_model, backend, controller.caches, block_size=options.block_size)
+    return LoadedModel(runner, draft_runner, controller, num_blocks)

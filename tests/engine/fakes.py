@@ -21,9 +21,9 @@ from cache_manager import (
 from fastdeploy_dsa.engine.core import EngineCore
 from fastdeploy_dsa.engine.detokenizer import Detokenizer
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.runner import StepInputs, StepOutputs
 from fastdeploy_dsa.engine.sampling_params import SamplingParams
-from fastdeploy_dsa.engine.scheduler import SchedulerLimits
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 
 VOCAB_SIZE = 50
 NUM_LAYERS = 2
@@ -108,7 +108,7 @@ class CacheModel:
         self._caches = caches
         self.steps: list[StepInputs] = []
 
-    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> np.ndarray:
+    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> StepOutputs:
         blocks = inputs.block_table[inputs.request_ids, inputs.positions // self._block_size]
         assert (blocks >= 0).all(), "a token has no block"
         slots = blocks.astype(np.int64) * self._block_size + inputs.positions % self._block_size
@@ -121,7 +121,7 @@ class CacheModel:
             rows.append(np.array([self._row(cache, inputs, row) for row in inputs.logits_rows]))
         assert all(np.array_equal(row, rows[1]) for row in rows[2:]), "layers have other tokens in their caches"
         self.steps.append(inputs)
-        return rows[1].reshape(-1, VOCAB_SIZE)
+        return StepOutputs(rows[1].reshape(-1, VOCAB_SIZE), inputs)
 
     @staticmethod
     def _row(cache: npt.NDArray[np.int64], inputs: StepInputs, row: int) -> np.ndarray:

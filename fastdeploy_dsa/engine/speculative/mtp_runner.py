@@ -1,0 +1,107 @@
+"""Runs an MTP model over its own cache, next to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+from paddle import Tensor
+
+from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
+from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.speculative.proposer import DraftOutputs
+from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.models import MtpModel
+from fastdeploy_dsa.ops import IndexSelection
+
+
+class MtpRunner:
+    """A DraftRunner.
+
+    Attributes:
+        layer_ids: The MTP layer's.
+        cost: One layer as a share of the target's.
+    """
+
+    def __init__(
+        self,
+        model: MtpModel,
+        attn_backend: DSAAttentionBackend,
+        caches: Mapping[tuple[str, int], Tensor],
+        *,
+        block_size: int,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: The MTP model.
+            attn_backend: The target's, which knows draft layers too.
+            caches: Cache tensors by (role, layer id).
+            block_size: Tokens of a cache block.
+        """
+        self._model = model
+        self._attn_backend = attn_backend
+        self._caches = caches
+        self._block_size = block_size
+        self._shares_selection = model.config.index_share_for_mtp_iteration
+        self.layer_ids: Sequence[int] = (model.layer_id,)
+        self.cost = 1.0 / model.config.num_hidden_layers
+
+    def run(
+        self,
+        inputs: StepInputs,
+        hidden: Sequence[HiddenRows],
+        *,
+        selection: object | None = None,
+        selection_rows: Sequence[int] = (),
+    ) -> DraftOutputs:
+        """As DraftRunner.run."""
+        step = inputs.metadata(self._block_size)
+        given = None
+        if selection is not None:
+            assert isinstance(selection, IndexSelection), "it is of an earlier call"  # noqa: S101
+            given = compact_selection(selection, np.asarray(selection_rows), num_rows=step.num_rows)
+        with paddle.no_grad():
+            normed, used = self._model.forward(
+                step=step,
+                hidden=_joined(hidden),
+                attn_backend=self._attn_backend,
+                caches=self._caches,
+                selection=given,
+            )
+            rows = inputs.logits_rows
+            if len(rows) == 0:
+                return DraftOutputs(np.empty((0, 0), np.float32), normed[:0], None)
+            wanted = paddle.index_select(normed, paddle.to_tensor(rows)) if len(rows) < step.num_tokens else normed
+            logits: npt.NDArray[np.float32] = self._model.compute_logits(wanted).numpy()
+        # A given selection was compacted already; the proposer goes on using the one of iteration 0.
+        is_first = self._shares_selection and given is None
+        return DraftOutputs(logits, wanted, compact_selection(used, rows, num_rows=len(rows)) if is_first else None)
+
+
+def compact_selection(selection: IndexSelection, rows: npt.NDArray[np.int64], *, num_rows: int) -> IndexSelection:
+    """Some rows of a selection, in new tensors (rules S19, S20).
+
+    Args:
+        selection: The source.
+        rows: [R], what the result's rows are.
+        num_rows: Of the result, at least R; the rest is padding, which selects nothing.
+    """
+    fill = num_rows - len(rows)
+    place = paddle.to_tensor(rows)
+    positions, slot_ids, counts = (paddle.index_select(part, place) for part in selection)
+    if not fill:
+        return IndexSelection(positions, slot_ids, counts)
+    empty = paddle.full([fill, positions.shape[1]], -1, dtype=positions.dtype)
+    return IndexSelection(
+        positions=paddle.concat([positions, empty]),
+        slot_ids=paddle.concat([slot_ids, empty]),
+        counts=paddle.concat([counts, paddle.zeros([fill], dtype=counts.dtype)]),
+    )
+
+
+def _joined(hidden: Sequence[HiddenRows]) -> Tensor:
+    pieces = [rows.tensor[rows.begin : rows.end] for rows in hidden]
+    return pieces[0] if len(pieces) == 1 else paddle.concat(pieces)
