@@ -213,8 +213,9 @@ def test_no_draft_is_made_that_a_request_has_no_room_for() -> None:
 
 def test_a_stop_token_among_accepted_drafts_ends_the_request_and_nothing_behind_it_leaks() -> None:
     expected = greedy_continuation([4, 5, 6], 12)
-    stop = expected[6]
+    stop = expected[3]
     place = expected.index(stop)
+    assert 0 < place < 6, "inside the first round, with accepted drafts behind it"
     core, _ = make_core(num_blocks=40, max_num_batched_tokens=64, drafting=Drafting(5, always_right, False))
     request = make_request([4, 5, 6], 12, params=SamplingParams(temperature=0.0, stop_token_ids=[stop], logprobs=2))
     run_all(core, request)
@@ -282,6 +283,61 @@ def test_a_request_that_gets_no_drafts_is_caught_up_on_in_groups() -> None:
     calls = drafter_of(core).calls
     assert len(calls) < len(model.steps) / 3
     assert sum(call.follows_target * len(call.inputs.token_ids) for call in calls) == 122, "every position once"
+
+
+def serve_until_behind(core: EngineCore, request: Request) -> None:
+    """Step until several computed positions have no draft entries yet."""
+    core.add(request)
+    while request.num_undrafted < 5:
+        core.step()
+        assert request.finish_reason is None
+
+
+def test_blocks_that_lack_draft_entries_are_no_hits_yet() -> None:
+    core, _ = make_core(
+        num_blocks=200, block_size=2, max_num_batched_tokens=64, max_model_len=300, drafting=Drafting(3, always_wrong)
+    )
+    first = make_request([1, 2, 3], 120)
+    serve_until_behind(core, first)
+    complete = first.num_computed - first.num_undrafted
+    prompt = first.known_tokens.tolist()
+    assert core._cache.match(prompt).num_tokens == complete - complete % 2
+    second = make_request(prompt, 30)
+    core.add(second)
+    finish(core, first, second)
+    assert second.output().token_ids == greedy_continuation(prompt, 30)
+
+
+def test_a_request_that_ends_leaves_blocks_with_all_their_entries() -> None:
+    core, _ = make_core(
+        num_blocks=200, block_size=2, max_num_batched_tokens=64, max_model_len=300, drafting=Drafting(3, always_wrong)
+    )
+    first = make_request([1, 2, 3], 120)
+    serve_until_behind(core, first)
+    first.max_tokens = first.num_tokens + 1 - first.num_prompt
+    core.step()
+    assert first.finish_reason == "length"
+    prompt = first.known_tokens.tolist()
+    hit = core._cache.match(prompt).num_tokens
+    assert hit == (len(prompt) - 1) // 2 * 2
+    second = make_request(prompt, 30)
+    run_all(core, second)
+    assert second.output().token_ids == greedy_continuation(prompt, 30)
+
+
+def test_a_request_that_is_computed_again_is_drafted_again_from_its_beginning() -> None:
+    core, _ = make_core(
+        num_blocks=40,
+        block_size=2,
+        max_num_batched_tokens=32,
+        is_prefix_cached=False,
+        drafting=Drafting(3, always_wrong),
+    )
+    first, second = make_request([1, 2, 3], 50), make_request([4, 5, 6], 50)
+    run_all(core, first, second)
+    assert second.num_preemptions > 0
+    for request in (first, second):
+        assert request.output().token_ids == greedy_continuation(request.output().prompt_token_ids, 50)
 
 
 def test_logits_of_the_draft_model_that_are_no_numbers_are_an_error_and_the_request_goes_on_without() -> None:
