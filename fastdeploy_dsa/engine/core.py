@@ -40,6 +40,13 @@ class TimeSplit:
         """Everything but the models."""
         return self.schedule + self.sample + self.detokenize
 
+    def table(self) -> str:
+        """One line, for people."""
+        parts = {"target": self.model, "drafts": self.draft, "engine": self.engine}
+        whole = sum(parts.values()) or 1.0
+        shares = ", ".join(f"{name} {seconds:.3g} s ({seconds / whole:.0%})" for name, seconds in parts.items())
+        return f"time    {self.num_steps} steps: {shares}\n"
+
 
 class EngineCore:
     """Requests in, tokens out. Whoever calls `step` advances every request, not only his own.

@@ -15,13 +15,17 @@ from tests.kit.tiny_model import write_tiny_model
 WEIGHTS = "model.safetensors"
 
 
-def write_tiny_mtp_model(folder: Path, *, seed: int = 7, brings_own: bool = False, **changes: Any) -> Path:
+def write_tiny_mtp_model(
+    folder: Path, *, seed: int = 7, brings_own: bool = False, layer_gain: float | None = None, **changes: Any
+) -> Path:
     """tests/kit/tiny_model.py's checkpoint and one MTP layer.
 
     Args:
         folder: Written to.
         seed: Of the weights.
         brings_own: Whether the layer has an embedding and an output head of its own, other than the target's.
+        layer_gain: Makes drafts right at times, which they are not by chance: what every layer adds is scaled by this,
+            and the MTP layer starts from the next token alone, so that both models mostly continue the newest token.
         changes: Of the config.
     """
     write_tiny_model(folder, seed=seed, num_nextn_predict_layers=1, **changes)
@@ -36,5 +40,11 @@ def write_tiny_mtp_model(folder: Path, *, seed: int = 7, brings_own: bool = Fals
         elif "embed" not in name:
             noise = noise * (2.0 / np.sqrt(shape[1]))
         weights[name] = noise.astype(np.float32)
+    if layer_gain is not None:
+        for name in weights:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights[name] *= np.float32(layer_gain)
+        name = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
+        weights[name] = np.eye(*weights[name].shape, dtype=np.float32)
     save_file(weights, folder / WEIGHTS)
     return folder

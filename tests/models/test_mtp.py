@@ -12,6 +12,7 @@ import paddle
 import pytest
 
 import fastdeploy_dsa.models.deepseek_v32
+from fastdeploy_dsa import LLM, SamplingParams
 from fastdeploy_dsa.models import DeepseekV32ForCausalLM, MtpModel, load_model_with_mtp
 from fastdeploy_dsa.ops import CacheFormat
 from tests.kit.compare import assert_close, assert_same
@@ -208,3 +209,14 @@ def test_target_and_draft_layer_leave_each_others_caches_alone(mtp_golden: Golde
     before = content(is_draft=False)
     serving.iterate(serving.draft_step(spans), hidden)
     assert all(np.array_equal(a, b) for a, b in zip(before, content(is_draft=False), strict=True))
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 3, 4])
+def test_the_engine_with_drafts_gives_the_tokens_of_the_golden(mtp_golden: GoldenCase, num_drafts: int) -> None:
+    config = {"method": "mtp", "num_speculative_tokens": num_drafts}
+    llm = LLM(mtp_golden.folder, speculative_config=config, num_threads=1, block_size=16, check_integrity=True)
+    for prompt in mtp_golden.prompts:
+        greedy = SamplingParams(max_tokens=len(prompt.decode_ids), temperature=0.0, ignore_eos=True)
+        (output,) = llm.generate([prompt.prompt_ids], greedy)
+        assert output.token_ids == prompt.decode_ids.tolist()
+    assert sum(llm.speculative_stats().num_drafts) > 0
