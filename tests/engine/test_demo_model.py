@@ -63,7 +63,7 @@ def test_preemption_changes_nothing() -> None:
         (3, {"block_size": 16}),
         (3, {"block_size": 4, "num_blocks": 148}),
         (4, {"hf_overrides": {"index_share_for_mtp_iteration": True}}),
-        (5, {"block_size": 4, "num_blocks": 144, "swap_space": "64MiB"}),
+        (3, {"block_size": 4, "num_blocks": 148, "swap_space": "64MiB"}),
     ],
     ids=str,
 )

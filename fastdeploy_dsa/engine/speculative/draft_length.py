@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-_FIRST_GUESS = 0.7
-"""Rate at which drafts are assumed to be accepted before any was seen."""
+_FIRST_GUESS = 0.6
+"""Rate at which drafts are assumed to be accepted before any was seen: good ones soon show, bad ones cost little."""
 _LEAST_WEIGHT = 1 / 8
 """Of the newest draft in the running rate: what was seen eight drafts ago is on its way out."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 8, 128
+_FIRST_PAUSE, _LONGEST_PAUSE = 32, 256
 """Rounds without a draft before one is tried again."""
 
 

@@ -20,7 +20,7 @@ from fastdeploy_dsa.engine.speculative.state import DraftState, HiddenRows
 from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
 from fastdeploy_dsa.engine.step_plan import Chunk
 
-_MOST_UNDRAFTED = 8
+_MOST_UNDRAFTED = 32
 """A request that gets no drafts is caught up on in groups of rows, which take hardly longer than one row."""
 
 
@@ -43,7 +43,7 @@ class DraftRunner(Protocol):
 
     Attributes:
         layer_ids: Absolute ids of its layers.
-        cost: Time of an iteration as a share of the target's step.
+        cost: What a draft costs, as a share of the time of a step without drafts.
     """
 
     layer_ids: Sequence[int]
