@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -84,6 +84,16 @@ class StepInputs:
             request_ids=request_ids.astype(np.int32),
             block_table=block_table[:, :width],
             logits_rows=logits_rows,
+        )
+
+    def only(self, rows: npt.NDArray[np.int64]) -> StepInputs:
+        """Some of the rows, with the logits of each."""
+        return replace(
+            self,
+            token_ids=self.token_ids[rows],
+            positions=self.positions[rows],
+            request_ids=self.request_ids[rows],
+            logits_rows=np.arange(len(rows)),
         )
 
     def metadata(self, block_size: int) -> StepMetadata:

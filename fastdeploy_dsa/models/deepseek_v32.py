@@ -81,6 +81,22 @@ class DeepseekV32Attention:
         )
         return self.output(attended), selection
 
+    def write_entries(
+        self,
+        x: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+    ) -> None:
+        """What a call writes to the caches, without its result. Args as of a call."""
+        if self.indexer is not None:
+            cache, cpu = caches["indexer", self._layer_id], attn_backend.cpu
+            self.indexer.write_keys(x, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
+        entries = self._entries(x, rotation)
+        attn_backend.write_entries(entries, layer_id=self._layer_id, step=step, caches=caches)
+
     def output(self, attended: Tensor) -> Tensor:
         """Latent results [num_rows, heads, kv_lora_rank] to values and through the output projection."""
         values = paddle.matmul(attended.transpose([1, 0, 2]), self._w_uv).transpose([1, 0, 2])
@@ -151,6 +167,19 @@ class DecoderLayer:
         )
         hidden = hidden + attended
         return hidden + self._mlp(rms_norm(hidden, self._post_norm, self._eps)), selection
+
+    def write_entries(
+        self,
+        hidden: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+    ) -> None:
+        """As DeepseekV32Attention.write_entries."""
+        normed = rms_norm(hidden, self._input_norm, self._eps)
+        self.attention.write_entries(normed, rotation=rotation, step=step, attn_backend=attn_backend, caches=caches)
 
     @staticmethod
     def shapes(config: DsaConfig, layer_id: int) -> dict[str, tuple[int, ...]]:

@@ -78,19 +78,38 @@ class MtpModel:
         Returns:
             [step.num_tokens, hidden_size] float32, normed, and the rows' selection, padding included.
         """
-        eps = self.config.rms_norm_eps
-        embedded = paddle.nn.functional.embedding(step.token_ids, self._embed_tokens)
-        hidden = padded_rows(hidden, step.num_rows - step.num_tokens)
-        joined = [rms_norm(embedded, self._enorm, eps), rms_norm(hidden, self._hnorm, eps)]
         hidden, selection = self.layer(
-            linear(paddle.concat(joined, axis=-1), self._eh_proj),
+            self._joined(step, hidden),
             rotation=self._rotary.lookup(step.positions, step.max_length),
             step=step,
             attn_backend=attn_backend,
             caches=caches,
             selection=selection,
         )
-        return rms_norm(hidden, self._norm, eps)[: step.num_tokens], selection
+        return rms_norm(hidden, self._norm, self.config.rms_norm_eps)[: step.num_tokens], selection
+
+    def write_entries(
+        self, *, step: StepMetadata, hidden: Tensor, attn_backend: DSAAttentionBackend, caches: KVCaches
+    ) -> None:
+        """Write what `forward` writes, for rows whose predictions nobody wants: a fraction of its work.
+
+        The entries of a position follow from the layer's input alone. Args as of forward.
+        """
+        self.layer.write_entries(
+            self._joined(step, hidden),
+            rotation=self._rotary.lookup(step.positions, step.max_length),
+            step=step,
+            attn_backend=attn_backend,
+            caches=caches,
+        )
+
+    def _joined(self, step: StepMetadata, hidden: Tensor) -> Tensor:
+        """Input of the decoder layer, [step.num_rows, hidden_size]: the embedding's half first."""
+        eps = self.config.rms_norm_eps
+        embedded = paddle.nn.functional.embedding(step.token_ids, self._embed_tokens)
+        hidden = padded_rows(hidden, step.num_rows - step.num_tokens)
+        halves = [rms_norm(embedded, self._enorm, eps), rms_norm(hidden, self._hnorm, eps)]
+        return linear(paddle.concat(halves, axis=-1), self._eh_proj)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the tokens two positions behind.

@@ -116,6 +116,20 @@ def test_chunks_give_the_draft_caches_of_one_step_bit_for_bit(
         assert np.array_equal(expected, actual), key
 
 
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_rows_that_only_write_their_entries_write_the_same_bytes(
+    mtp_golden: GoldenCase, cache_format: CacheFormat
+) -> None:
+    full, entries = serving_of(mtp_golden, cache_format), serving_of(mtp_golden, cache_format)
+    for spans in plan_of(mtp_golden, "chunks"):
+        full.iterate(full.draft_step(spans), full.target_hidden(spans))
+        step, hidden = entries.draft_step(spans), entries.target_hidden(spans)
+        entries.draft.write_entries(step=step, hidden=hidden, attn_backend=entries.backend, caches=entries.caches)
+    for key, tensor in full.caches.items():
+        expected, actual = (cache.view("uint8").numpy() for cache in (tensor, entries.caches[key]))
+        assert np.array_equal(expected, actual), key
+
+
 def main_norm(serving: DraftServing, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(serving.draft, "_norm", serving.model._norm)
 

@@ -63,28 +63,34 @@ class MtpRunner:
         selection: object | None = None,
         selection_rows: Sequence[int] = (),
     ) -> DraftOutputs:
-        """As DraftRunner.run."""
-        step = inputs.metadata(self._block_size)
-        given = None
-        if selection is not None:
-            assert isinstance(selection, IndexSelection), "it is of an earlier call"  # noqa: S101
-            given = compact_selection(selection, np.asarray(selection_rows), num_rows=step.num_rows)
+        """As DraftRunner.run; rows without logits only write their entries."""
+        rows, joined = inputs.logits_rows, _joined(hidden)
         with paddle.no_grad():
+            if len(rows) < len(inputs.token_ids):
+                self._model.write_entries(
+                    step=inputs.metadata(self._block_size),
+                    hidden=joined,
+                    attn_backend=self._attn_backend,
+                    caches=self._caches,
+                )
+                if len(rows) == 0:
+                    return DraftOutputs(np.empty((0, 0), np.float32), joined[:0], None)
+                inputs, joined = inputs.only(rows), paddle.index_select(joined, paddle.to_tensor(rows))
+            step = inputs.metadata(self._block_size)
+            given = None
+            if selection is not None:
+                assert isinstance(selection, IndexSelection), "it is of an earlier call"  # noqa: S101
+                given = compact_selection(selection, np.asarray(selection_rows), num_rows=step.num_rows)
             normed, used = self._model.forward(
                 step=step,
-                hidden=_joined(hidden),
+                hidden=joined,
                 attn_backend=self._attn_backend,
                 caches=self._caches,
                 selection=given,
             )
-            rows = inputs.logits_rows
-            if len(rows) == 0:
-                return DraftOutputs(np.empty((0, 0), np.float32), normed[:0], None)
-            wanted = paddle.index_select(normed, paddle.to_tensor(rows)) if len(rows) < step.num_tokens else normed
-            logits: npt.NDArray[np.float32] = self._model.compute_logits(wanted).numpy()
-        # A given selection was compacted already; the proposer goes on using the one of iteration 0.
-        is_first = self._shares_selection and given is None
-        return DraftOutputs(logits, wanted, compact_selection(used, rows, num_rows=len(rows)) if is_first else None)
+            logits: npt.NDArray[np.float32] = self._model.compute_logits(normed).numpy()
+        # The rows of iteration 0 that got this far are the last accepted ones.
+        return DraftOutputs(logits, normed, used if self._shares_selection else None)
 
 
 def compact_selection(selection: IndexSelection, rows: npt.NDArray[np.int64], *, num_rows: int) -> IndexSelection:
