@@ -66,7 +66,7 @@ def reference(model: Path, cache_dtype: str = "float32") -> Outputs:
     return outputs(LLM(model, cache_dtype=cache_dtype, num_threads=1))
 
 
-@pytest.mark.parametrize("cache_dtype", CACHE_FORMATS)
+@pytest.mark.parametrize("cache_dtype", ["float32", "fp8"])
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 4, 5])
 def test_greedy_tokens_and_logprobs_are_those_without_drafts(
     mtp_model: Path, cache_dtype: str, num_drafts: int
@@ -146,12 +146,10 @@ def test_greedy_tokens_do_not_depend_on(mtp_model_fsf: Path, cache_dtype: str, o
     assert (stats.cache.num_device_hit_tokens > 0) == options.get("enable_prefix_caching", True)
 
 
-@pytest.mark.parametrize("cache_dtype", CACHE_FORMATS)
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", ["right", "wrong", "at times"])
-def test_greedy_tokens_are_the_same_whoever_drafts(
-    mtp_model: Path, cache_dtype: str, kind: str, num_drafts: int
-) -> None:
+def test_greedy_tokens_are_the_same_whoever_drafts(mtp_model: Path, kind: str, num_drafts: int) -> None:
+    cache_dtype = CACHE_FORMATS[num_drafts % len(CACHE_FORMATS)]
     llm = make_llm(mtp_model, num_drafts, cache_dtype=cache_dtype)
     is_right = {"right": lambda *_: True, "wrong": lambda *_: False, "at times": at_times}[kind]
     ScriptedRunner(llm, sequences_of(mtp_model, cache_dtype), is_right)

@@ -21,7 +21,9 @@ from tests.kit.mistakes import DRAFT_MISTAKES
 from tests.kit.reference_model import Float32Noise, ReferenceModel, Run
 from tests.kit.selections import mask_of_positions, selection_of, token_slots
 from tests.kit.serving import BLOCK_SIZE, Span, in_chunks, in_one_step, prompts_then_tokens
+from tests.kit.tiny_model import VOCAB_SIZE
 from tests.models.draft_serving import Drafted, DraftServing
+from tests.models.mtp_checkpoint import write_tiny_mtp_model
 
 FORMATS: tuple[CacheFormat, ...] = ("float32", "bfloat16", "fp8")
 CHUNK = 37
@@ -100,6 +102,39 @@ def test_draft_layer_is_the_references_given_what_its_caches_hold(
         assert bound < mtp_golden.mistakes["main final norm for MTP logits"] / 100, "the bound would hide a mistake"
         assert_close(served.logits, exact.logits, np.full(exact.logits.shape, bound), "draft logits")
         assert_close(served.hidden, exact.hidden, np.full(exact.hidden.shape, bound), "recycled hidden states")
+
+
+V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "indexer_rope_interleave": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"brings_own": True},
+        {"tie_word_embeddings": True},
+        V32,
+        {"hidden_size": 44, "index_n_heads": 3, "num_attention_heads": 3, "n_shared_experts": 0},
+    ],
+    ids=str,
+)
+def test_draft_layers_of_random_checkpoints_are_the_references(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = write_tiny_mtp_model(tmp_path / "random", **changes)
+    token_ids = np.random.default_rng(2).integers(0, VOCAB_SIZE, 70)
+    serving = DraftServing(load_model_with_mtp(folder), [token_ids])
+    (served,) = serving.run_drafted(in_chunks([69], 30))
+    reference = ReferenceModel.load(folder)
+    layer = reference.config["num_hidden_layers"]
+    run = Run(selections={layer: mask_of_positions(served.positions)})
+    main = reference.forward(token_ids[:-1])._replace(hidden=served.target_hidden.astype(np.float64))
+    exact = reference.draft(token_ids, main, run)
+    draws = [reference.draft(token_ids, main, replace(run, arithmetic=Float32Noise(seed))) for seed in range(4)]
+    bound = 2.0 * max(float(np.abs(draw.logits - exact.logits).max()) for draw in draws)
+    assert bound < 1e-3
+    assert_close(served.logits, exact.logits, np.full(exact.logits.shape, bound), "draft logits")
+    own = exact.layers[layer].own_selection
+    assert own is not None
+    assert (own == mask_of_positions(served.positions)).all(1).mean() > 0.95
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
