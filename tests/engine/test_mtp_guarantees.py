@@ -249,6 +249,38 @@ def test_shared_selections_are_those_of_the_last_accepted_position_and_change_dr
     assert any(given is not None for _, given, _, _ in runs["shared"])
 
 
+def drafts_of(llm: LLM, prompts: list[list[int]]) -> dict[tuple[int, int], list[int]]:
+    """(length of the prompt, tokens known) to the drafts proposed there."""
+    assert llm._proposer is not None
+    propose, found = llm._proposer.propose, {}
+
+    def spied(chunks: Any, hidden: Any, block_table: Any) -> None:
+        propose(chunks, hidden, block_table)
+        for chunk in chunks:
+            request = chunk.request
+            if request.drafts:
+                found[request.num_prompt, request.num_tokens] = [draft.token for draft in request.drafts]
+
+    llm._proposer.propose = spied  # type: ignore[method-assign]
+    outputs(llm, prompts)
+    llm._proposer.propose = propose  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("overrides", [None, SHARED], ids=["own selections", "shared selections"])
+@pytest.mark.parametrize("cache_dtype", CACHE_FORMATS)
+def test_a_requests_drafts_do_not_depend_on_the_batch(
+    mtp_model_fsf: Path, cache_dtype: str, overrides: dict[str, Any] | None
+) -> None:
+    """Requests with uneven acceptance: each must find its own row of a shared selection."""
+    llm = make_llm(mtp_model_fsf, 3, cache_dtype=cache_dtype, hf_overrides=overrides, enable_prefix_caching=False)
+    alone: dict[tuple[int, int], list[int]] = {}
+    for prompt in PROMPTS:
+        alone |= drafts_of(llm, [prompt])
+    assert drafts_of(llm, PROMPTS) == alone
+    assert sum(len(drafts) == 3 for drafts in alone.values()) > 3 * len(PROMPTS)
+
+
 @pytest.mark.parametrize("last_rows", [[2, 4, 11], [2, 3, 7]], ids=["padded", "flattened"])
 def test_selections_are_compacted_by_the_last_accepted_row_into_new_tensors(last_rows: list[int]) -> None:
     """Accepted 2, 0 and 3 of three drafts: rows 0..3, 4..7, 8..11 where padded, else 0..2, 3, 4..7."""
