@@ -139,7 +139,7 @@ def make_llm(options: argparse.Namespace, batch: int, choice: Choice | None, spo
         speculative_config=config,
     )
     if spoils and llm._proposer is not None:
-        llm._proposer._runner = SpoiledRunner(llm._proposer._runner)
+        llm._proposer._look_ahead._runner = SpoiledRunner(llm._proposer._look_ahead._runner)
     return llm
 
 

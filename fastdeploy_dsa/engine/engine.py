@@ -97,6 +97,8 @@ class LLM:
         num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
         is_prefix_cached = require_bool("enable_prefix_caching", enable_prefix_caching)
         self.config = read_model_config(folder, hf_overrides)
+        if speculative is not None:
+            speculative.check_depth(self.config.num_nextn_predict_layers)
         longest = self.config.max_position_embeddings
         if max_model_len is not None:
             longest = require_int("max_model_len", max_model_len, low=2, high=longest)
@@ -133,8 +135,8 @@ class LLM:
             num_blocks=loaded.num_blocks,
             block_size=limits.block_size,
             is_prefix_cached=is_prefix_cached,
-            # A draft layer's entry of a position is made from the token behind it.
-            num_lookahead_tokens=0 if speculative is None else 1,
+            # The last of the draft layers makes its entry of a position from the token so far behind it.
+            num_lookahead_tokens=0 if speculative is None else self.config.num_nextn_predict_layers,
         )
         self._proposer = None
         if speculative is not None and loaded.draft_runner is not None:

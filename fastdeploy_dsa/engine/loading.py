@@ -133,10 +133,10 @@ def load_runner(
         ValueError: As load_model_with_mtp and create_attention_backend, or the cache or its host tier is too small for
             a block.
     """
-    draft_model: MtpModel | None = None
+    draft_models: tuple[MtpModel, ...] = ()
     with ProgressBar("loading weights", 1, is_wanted=progress) as bar:
         if drafts:
-            model, draft_model = load_model_with_mtp(folder, config=config, on_tensor=bar.update)
+            model, draft_models = load_model_with_mtp(folder, config=config, on_tensor=bar.update)
         else:
             model = load_model(folder, config=config, on_tensor=bar.update)
     cpu = CpuOptions(num_threads=options.num_threads)
@@ -146,21 +146,21 @@ def load_runner(
         block_size=options.block_size,
         cpu=cpu,
     )
-    num_layers, num_draft_layers = model.config.num_hidden_layers, 0 if draft_model is None else 1
-    bytes_per_block = backend.bytes_per_block(num_layers + num_draft_layers)
+    num_layers = model.config.num_hidden_layers
+    bytes_per_block = backend.bytes_per_block(num_layers + len(draft_models))
     num_blocks = options.choose_num_blocks(bytes_per_block)
     cache_config = CacheConfig(num_layers=num_layers, num_host_blocks=options.num_host_blocks(bytes_per_block))
     controller = CacheController(cache_config, copier=PaddleBlockCopier(cpu))
     controller.initialize_kv_cache(backend, num_blocks)
-    if draft_model is not None:
-        controller.initialize_mtp_kv_cache(backend, num_blocks, num_draft_layers, layer_offset=num_layers)
+    if draft_models:
+        controller.initialize_mtp_kv_cache(backend, num_blocks, len(draft_models), layer_offset=num_layers)
     try:
         controller.initialize_host_cache()
     except HostAllocationFailed as failure:
         logging.getLogger(__name__).warning("%s; going on without swap_space", failure)
     runner = ModelRunner(model, backend, controller.caches, block_size=options.block_size)
     draft_runner = None
-    if draft_model is not None:
+    if draft_models:
         assert isinstance(backend, DSAAttentionBackend), "a model with an indexer has this one"  # noqa: S101
-        draft_runner = MtpRunner(draft_model, backend, controller.caches, block_size=options.block_size)
+        draft_runner = MtpRunner(draft_models, backend, controller.caches, block_size=options.block_size)
     return LoadedModel(runner, draft_runner, controller, num_blocks)

@@ -47,18 +47,15 @@ def load_model_with_mtp(
     *,
     config: DsaConfig | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
-) -> tuple[DeepseekV32ForCausalLM, MtpModel]:
-    """As load_model, with the checkpoint's draft model, which shares what tensors it can.
+) -> tuple[DeepseekV32ForCausalLM, tuple[MtpModel, ...]]:
+    """As load_model, with the checkpoint's draft models, which share what tensors they can.
 
     Raises:
-        ValueError: As load_model, and if the checkpoint has no MTP layer, or several.
+        ValueError: As load_model, and if the checkpoint has no MTP layer.
     """
     config = config or DsaConfig.from_pretrained(folder)
-    if config.num_nextn_predict_layers != 1:
-        raise ValueError(
-            f"num_nextn_predict_layers: expected 1, the layer that drafts, got {config.num_nextn_predict_layers} "
-            f"in the config of {folder}"
-        )
+    if config.num_nextn_predict_layers == 0:
+        raise ValueError(f"num_nextn_predict_layers: expected 1 or more, the layers that draft, got 0 in {folder}")
     tensors = _load_tensors(
         folder,
         config,
@@ -66,7 +63,8 @@ def load_model_with_mtp(
         optional=optional_mtp_weight_shapes(config),
         on_tensor=on_tensor,
     )
-    return DeepseekV32ForCausalLM(config, tensors), MtpModel(config, tensors)
+    drafts = tuple(MtpModel(config, tensors, index) for index in range(config.num_nextn_predict_layers))
+    return DeepseekV32ForCausalLM(config, tensors), drafts
 
 
 def _load_tensors(

@@ -27,14 +27,17 @@ class MtpModel:
     at p + 2. Fed with its own hidden states it looks further ahead: the next iteration, at position p + 1, takes the
     hidden state of this one at position p.
 
+    A checkpoint may have several such layers, and each is a model: layer k + 1 takes the hidden states of layer k at
+    the same positions, and tokens one further on.
+
     Source: DeepSeek-V3 technical report, section 2.2.
 
     Attributes:
-        layer_id: Absolute id, num_hidden_layers.
+        layer_id: Absolute id, from num_hidden_layers on.
         layer: The decoder layer.
     """
 
-    def __init__(self, config: DsaConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: DsaConfig, tensors: Mapping[str, Tensor], index: int = 0) -> None:
         """Build the model over loaded weights.
 
         Args:
@@ -42,9 +45,10 @@ class MtpModel:
             tensors: Every name of `mtp_weight_shapes(config)` and those of `optional_mtp_weight_shapes` that the
                 checkpoint has, float32, and the target's embedding and output head, which stand in for those it has
                 not.
+            index: Which of the checkpoint's MTP layers.
         """
         self.config = config
-        self.layer_id = config.num_hidden_layers
+        self.layer_id = config.num_hidden_layers + index
         weights = Weights(tensors, f"model.layers.{self.layer_id}.")
         target_embedding = tensors["model.embed_tokens.weight"]
         target_head = target_embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
@@ -124,23 +128,23 @@ class MtpModel:
 
 
 def mtp_weight_shapes(config: DsaConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors the draft model needs from a checkpoint, besides the target's."""
+    """Names and shapes of the tensors the draft models need from a checkpoint, besides the target's."""
     hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "enorm.weight": (hidden,),
-        "hnorm.weight": (hidden,),
-        "eh_proj.weight": (hidden, 2 * hidden),
-        "shared_head.norm.weight": (hidden,),
-        **DecoderLayer.shapes(config, config.num_hidden_layers),
-    }
-    return _named(config, shapes)
+    named: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_hidden_layers, config.num_layers):
+        shapes: dict[str, tuple[int, ...]] = {
+            "enorm.weight": (hidden,),
+            "hnorm.weight": (hidden,),
+            "eh_proj.weight": (hidden, 2 * hidden),
+            "shared_head.norm.weight": (hidden,),
+            **DecoderLayer.shapes(config, layer),
+        }
+        named |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+    return named
 
 
 def optional_mtp_weight_shapes(config: DsaConfig) -> dict[str, tuple[int, ...]]:
     """The same of tensors that may be shared with the target instead."""
+    layers = range(config.num_hidden_layers, config.num_layers)
     shape = (config.vocab_size, config.hidden_size)
-    return _named(config, {_EMBEDDING: shape, _HEAD: shape})
-
-
-def _named(config: DsaConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {f"model.layers.{config.num_hidden_layers}.{name}": shape for name, shape in shapes.items()}
+    return {f"model.layers.{layer}.{name}": shape for layer in layers for name in (_EMBEDDING, _HEAD)}

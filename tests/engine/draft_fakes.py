@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cache_manager import TensorKey
 from fastdeploy_dsa.engine.runner import StepInputs
-from fastdeploy_dsa.engine.speculative.proposer import DraftOutputs
+from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
 
 VOCAB_SIZE = 50
@@ -86,6 +86,8 @@ class CacheDrafter:
         inputs: StepInputs,
         hidden: Sequence[HiddenRows],
         *,
+        layer: int = 0,
+        hidden_rows: npt.NDArray[np.int64] | None = None,
         selection: object | None = None,
         selection_rows: Sequence[int] = (),
     ) -> DraftOutputs:

@@ -140,7 +140,7 @@ def make_core(
     transfer_timeout: float = 20.0,
     drafting: Drafting | None = None,
 ) -> tuple[EngineCore, CacheModel]:
-    """An engine over a CacheModel; with drafting, over a CacheDrafter as well, which is core._proposer._runner."""
+    """An engine over a CacheModel; with drafting, over a CacheDrafter as well."""
     controller = CacheController(
         CacheConfig(num_layers=NUM_LAYERS, num_host_blocks=num_host_blocks, transfer_timeout=transfer_timeout),
         copier=copier or NumpyCopier(),

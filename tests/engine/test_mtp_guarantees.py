@@ -15,8 +15,8 @@ from fastdeploy_dsa import LLM, SamplingParams
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.mtp_runner import MtpRunner, compact_selection
-from fastdeploy_dsa.engine.speculative.proposer import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
 from fastdeploy_dsa.ops import IndexSelection
 from tests.kit.tiny_model import INDEX_TOPK, VOCAB_SIZE
@@ -56,7 +56,7 @@ def make_llm(model: Path, num_drafts: int, *, adaptive: bool = False, **options:
     return LLM(model, speculative_config=config, **({"num_threads": 1, "check_integrity": True} | options))
 
 
-def outputs(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, params: SamplingParams = GREEDY) -> Outputs:
+def outputs(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, params: Any = GREEDY) -> Outputs:
     return [(output.token_ids, output.logprobs) for output in llm.generate(prompts, params)]
 
 
@@ -90,11 +90,11 @@ class ScriptedRunner:
             is_right: Of the draft's position and the token before it.
         """
         assert llm._proposer is not None
-        self._runner = llm._proposer._runner
+        self._runner = llm._proposer._look_ahead._runner
         self._sequences = sequences
         self._is_right = is_right
         self.layer_ids, self.cost = self._runner.layer_ids, self._runner.cost
-        llm._proposer._runner = self
+        llm._proposer._look_ahead._runner = self
 
     def run(self, inputs: StepInputs, hidden: Sequence[HiddenRows], **sharing: Any) -> DraftOutputs:
         outputs = self._runner.run(inputs, hidden, **sharing)
@@ -184,7 +184,7 @@ def test_random_tokens_do_not_depend_on_company_chunks_preemption_or_the_cache(
 
 def draft_entries(llm: LLM, request: Request) -> list[np.ndarray]:
     """Bytes of the draft layer's entries of a request's computed positions."""
-    runner = llm._proposer._runner  # type: ignore[union-attr]
+    runner = llm._proposer._look_ahead._runner  # type: ignore[union-attr]
     assert isinstance(runner, MtpRunner)
     found = []
     for (role, layer), tensor in runner._caches.items():
@@ -222,7 +222,7 @@ def test_shared_selections_are_those_of_the_last_accepted_position_and_change_dr
     runs: dict[str, list[Any]] = {"own": [], "shared": []}
     for name, overrides in (("own", None), ("shared", SHARED)):
         llm = make_llm(mtp_model_fsf, 3, hf_overrides=overrides)
-        model = llm._proposer._runner._model  # type: ignore[union-attr]
+        model = llm._proposer._look_ahead._runner._models[0]  # type: ignore[union-attr]
 
         def spied(*, step: Any, selection: Any, forward: Any = model.forward, name: str = name, **rest: Any) -> Any:
             hidden, used = forward(step=step, selection=selection, **rest)
@@ -249,7 +249,7 @@ def test_shared_selections_are_those_of_the_last_accepted_position_and_change_dr
     assert any(given is not None for _, given, _, _ in runs["shared"])
 
 
-def drafts_of(llm: LLM, prompts: list[list[int]]) -> dict[tuple[int, int], list[int]]:
+def drafts_of(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> dict[tuple[int, int], list[int]]:
     """(length of the prompt, tokens known) to the drafts proposed there."""
     assert llm._proposer is not None
     propose, found = llm._proposer.propose, {}
@@ -262,7 +262,7 @@ def drafts_of(llm: LLM, prompts: list[list[int]]) -> dict[tuple[int, int], list[
                 found[request.num_prompt, request.num_tokens] = [draft.token for draft in request.drafts]
 
     llm._proposer.propose = spied  # type: ignore[method-assign]
-    outputs(llm, prompts)
+    outputs(llm, prompts, params)
     llm._proposer.propose = propose  # type: ignore[method-assign]
     return found
 

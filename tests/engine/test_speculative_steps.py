@@ -30,7 +30,7 @@ RANDOM = SamplingParams(temperature=1.3, top_k=7, seed=1)
 
 def drafter_of(core: EngineCore) -> CacheDrafter:
     assert core._proposer is not None
-    drafter = core._proposer._runner
+    drafter = core._proposer._look_ahead._runner
     assert isinstance(drafter, CacheDrafter)
     return drafter
 

@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 def write_tiny_mtp_model(
     folder: Path, *, seed: int = 7, brings_own: bool = False, layer_gain: float | None = None, **changes: Any
 ) -> Path:
-    """tests/kit/tiny_model.py's checkpoint and one MTP layer.
+    """tests/kit/tiny_model.py's checkpoint and one MTP layer, or as many as the changes say.
 
     Args:
         folder: Written to.
@@ -28,7 +28,7 @@ def write_tiny_mtp_model(
             and the MTP layer starts from the next token alone, so that both models mostly continue the newest token.
         changes: Of the config.
     """
-    write_tiny_model(folder, seed=seed, num_nextn_predict_layers=1, **changes)
+    write_tiny_model(folder, seed=seed, **({"num_nextn_predict_layers": 1} | changes))
     config = DsaConfig.from_pretrained(folder)
     shapes = mtp_weight_shapes(config) | (optional_mtp_weight_shapes(config) if brings_own else {})
     rng = np.random.default_rng(seed + 1)
@@ -44,7 +44,7 @@ def write_tiny_mtp_model(
         for name in weights:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weights[name] *= np.float32(layer_gain)
-        name = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
-        weights[name] = np.eye(*weights[name].shape, dtype=np.float32)
+        for name in (f"model.layers.{layer}.eh_proj.weight" for layer in range(3, config.num_layers)):
+            weights[name] = np.eye(*weights[name].shape, dtype=np.float32)
     save_file(weights, folder / WEIGHTS)
     return folder

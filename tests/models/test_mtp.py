@@ -40,7 +40,8 @@ def mtp_golden(request: pytest.FixtureRequest) -> GoldenCase:
 
 @cache
 def models_of(folder: Path) -> tuple[DeepseekV32ForCausalLM, MtpModel]:
-    return load_model_with_mtp(folder)
+    target, (draft,) = load_model_with_mtp(folder)
+    return target, draft
 
 
 def fed_and_next(prompt: Prompt) -> np.ndarray:
@@ -121,7 +122,7 @@ V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"
 def test_draft_layers_of_random_checkpoints_are_the_references(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = write_tiny_mtp_model(tmp_path / "random", **changes)
     token_ids = np.random.default_rng(2).integers(0, VOCAB_SIZE, 70)
-    serving = DraftServing(load_model_with_mtp(folder), [token_ids])
+    serving = DraftServing(models_of(folder), [token_ids])
     (served,) = serving.run_drafted(in_chunks([69], 30))
     reference = ReferenceModel.load(folder)
     layer = reference.config["num_hidden_layers"]

@@ -39,6 +39,24 @@ class SpeculativeConfig:
         require_int(f"{_NAME}.num_speculative_tokens", self.num_speculative_tokens, low=1, high=MAX_SPECULATIVE_TOKENS)
         require_bool(f"{_NAME}.adaptive", self.adaptive)
 
+    def check_depth(self, num_layers: int) -> None:
+        """Check that a checkpoint with so many MTP layers can draft as asked for.
+
+        One layer is fed with its own results, as often as wanted; of several, each looks one token further.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if num_layers == 0:
+            raise ValueError(
+                f"{_NAME}: expected a model with an MTP layer, got num_nextn_predict_layers 0 in its config"
+            )
+        if 1 < num_layers < self.num_speculative_tokens:
+            raise ValueError(
+                f"{_NAME}.num_speculative_tokens: expected at most {num_layers}, one per MTP layer of the checkpoint, "
+                f"got {self.num_speculative_tokens}"
+            )
+
 
 def read_speculative_config(value: object) -> SpeculativeConfig | None:
     """A config from a mapping, or from the text of a JSON object; None stays None: no drafts.

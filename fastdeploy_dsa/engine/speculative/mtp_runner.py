@@ -11,7 +11,7 @@ from paddle import Tensor
 
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.engine.runner import StepInputs
-from fastdeploy_dsa.engine.speculative.proposer import DraftOutputs
+from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
 from fastdeploy_dsa.models import MtpModel
 from fastdeploy_dsa.ops import IndexSelection
@@ -21,19 +21,20 @@ _COST_OF_VERIFYING = 0.075
 
 One number for all, because random tokens depend on the number of drafts, and must not depend on the batch.
 """
+_NO_LOGITS = np.empty((0, 0), np.float32)
 
 
 class MtpRunner:
     """A DraftRunner.
 
     Attributes:
-        layer_ids: The MTP layer's.
+        layer_ids: The MTP layers'.
         cost: One layer as a share of the target's, and a row to verify.
     """
 
     def __init__(
         self,
-        model: MtpModel,
+        models: Sequence[MtpModel],
         attn_backend: DSAAttentionBackend,
         caches: Mapping[tuple[str, int], Tensor],
         *,
@@ -42,55 +43,59 @@ class MtpRunner:
         """Put the parts together.
 
         Args:
-            model: The MTP model.
+            models: One per MTP layer, in their order.
             attn_backend: The target's, which knows draft layers too.
             caches: Cache tensors by (role, layer id).
             block_size: Tokens of a cache block.
         """
-        self._model = model
+        self._models = models
         self._attn_backend = attn_backend
         self._caches = caches
         self._block_size = block_size
-        self._shares_selection = model.config.index_share_for_mtp_iteration
-        self.layer_ids: Sequence[int] = (model.layer_id,)
-        self.cost = 1.0 / model.config.num_hidden_layers + _COST_OF_VERIFYING
+        config = models[0].config
+        self._shares_selection = config.index_share_for_mtp_iteration and len(models) == 1
+        self.layer_ids: Sequence[int] = [model.layer_id for model in models]
+        self.cost = 1.0 / config.num_hidden_layers + _COST_OF_VERIFYING
 
     def run(
         self,
         inputs: StepInputs,
         hidden: Sequence[HiddenRows],
         *,
+        layer: int = 0,
+        hidden_rows: npt.NDArray[np.int64] | None = None,
         selection: object | None = None,
         selection_rows: Sequence[int] = (),
     ) -> DraftOutputs:
-        """As DraftRunner.run; rows without logits only write their entries."""
-        rows, joined = inputs.logits_rows, _joined(hidden)
+        """As DraftRunner.run; rows of which nothing is wanted only write their entries."""
+        model, joined, asking = self._models[layer], _joined(hidden), inputs.logits_rows
+        wanted = asking if hidden_rows is None else hidden_rows
+        backend, caches = self._attn_backend, self._caches
         with paddle.no_grad():
-            if len(rows) < len(inputs.token_ids):
-                self._model.write_entries(
-                    step=inputs.metadata(self._block_size),
-                    hidden=joined,
-                    attn_backend=self._attn_backend,
-                    caches=self._caches,
-                )
-                if len(rows) == 0:
-                    return DraftOutputs(np.empty((0, 0), np.float32), joined[:0], None)
-                inputs, joined = inputs.only(rows), paddle.index_select(joined, paddle.to_tensor(rows))
-            step = inputs.metadata(self._block_size)
-            given = None
+            if len(wanted) < len(inputs.token_ids):
+                step = inputs.metadata(self._block_size)
+                model.write_entries(step=step, hidden=joined, attn_backend=backend, caches=caches)
+                if len(wanted) == 0:
+                    return DraftOutputs(_NO_LOGITS, joined[:0], None)
+                inputs, joined = inputs.only(wanted), paddle.index_select(joined, paddle.to_tensor(wanted))
+            step, given = inputs.metadata(self._block_size), None
             if selection is not None:
                 assert isinstance(selection, IndexSelection), "it is of an earlier call"  # noqa: S101
                 given = compact_selection(selection, np.asarray(selection_rows), num_rows=step.num_rows)
-            normed, used = self._model.forward(
-                step=step,
-                hidden=joined,
-                attn_backend=self._attn_backend,
-                caches=self._caches,
-                selection=given,
+            normed, used = model.forward(
+                step=step, hidden=joined, attn_backend=backend, caches=caches, selection=given
             )
-            logits: npt.NDArray[np.float32] = self._model.compute_logits(normed).numpy()
-        # The rows of iteration 0 that got this far are the last accepted ones.
+            logits = self._logits(model, normed, np.searchsorted(wanted, asking))
+        # Where selections are shared, the rows of iteration 0 that got this far are the last accepted ones.
         return DraftOutputs(logits, normed, used if self._shares_selection else None)
+
+    @staticmethod
+    def _logits(model: MtpModel, normed: Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        if len(rows) == 0:
+            return _NO_LOGITS
+        asking = normed if len(rows) == normed.shape[0] else paddle.index_select(normed, paddle.to_tensor(rows))
+        logits: npt.NDArray[np.float32] = model.compute_logits(asking).numpy()
+        return logits
 
 
 def compact_selection(selection: IndexSelection, rows: npt.NDArray[np.int64], *, num_rows: int) -> IndexSelection:

@@ -27,7 +27,7 @@ class DraftState:
     Attributes:
         length: Chooses how many drafts it gets.
         undrafted: The target's hidden states of its newest computed positions, for which the draft model has no cache
-            entries yet; in order of position.
+            entries yet, or none that last; in order of position.
     """
 
     __slots__ = ("length", "undrafted")
@@ -41,3 +41,12 @@ class DraftState:
     def num_undrafted(self) -> int:
         """Positions of `undrafted`."""
         return sum(rows.end - rows.begin for rows in self.undrafted)
+
+    def keep_undrafted(self, count: int) -> None:
+        """Forget all but the newest count positions of `undrafted`."""
+        kept: list[HiddenRows] = []
+        for rows in reversed(self.undrafted):
+            if count > 0:
+                kept.insert(0, rows._replace(begin=max(rows.begin, rows.end - count)))
+                count -= rows.end - rows.begin
+        self.undrafted = kept
