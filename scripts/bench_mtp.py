@@ -173,6 +173,12 @@ def measure(options: argparse.Namespace, workload: Workload, batch: int, choices
     return results
 
 
+def processor() -> str:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def page(results: Sequence[Result], load: float, command: str) -> str:
     busy = f"; BUSY with other work, so the times are not reliable: {CORES} cores" if load > CORES / 2 else ""
     header = (
@@ -190,7 +196,7 @@ def page(results: Sequence[Result], load: float, command: str) -> str:
         "",
         "| machine | |",
         "| --- | --- |",
-        f"| CPU | {platform.processor() or platform.machine()}, {CORES} cores |",
+        f"| CPU | {processor()}, {CORES} cores |",
         f"| load average at the start | {load:.2f}{busy} |",
         f"| Paddle | {paddle.version.full_version} |",
         f"| date | {date.today().isoformat()} |",
