@@ -10,10 +10,11 @@ import numpy as np
 
 from cache_manager.block_pool import BlockId
 from cache_manager.block_table import BlockTable
+from cache_manager.caching import cache_blocks
 from cache_manager.controller import CacheController
 from cache_manager.errors import CacheError, CacheInUse, OutOfBlocks
 from cache_manager.matching import PrefixMatch, find_match
-from cache_manager.prefix_tree import PrefixNode, Tier, token_bytes
+from cache_manager.prefix_tree import PrefixNode, Tier
 from cache_manager.stats import CacheStats, collect_stats
 from cache_manager.swapping import has_host_room, move_to_device, move_to_host
 from cache_manager.tables import OpenTables
@@ -40,7 +41,13 @@ class CacheManager:
     """
 
     def __init__(
-        self, controller: CacheController, *, num_blocks: int, block_size: int, is_prefix_cached: bool = True
+        self,
+        controller: CacheController,
+        *,
+        num_blocks: int,
+        block_size: int,
+        is_prefix_cached: bool = True,
+        num_lookahead_tokens: int = 0,
     ) -> None:
         """Manage the blocks of a controller's caches, which are allocated already (or, in tests, do not exist).
 
@@ -49,13 +56,14 @@ class CacheManager:
             num_blocks: Blocks on the device, at most as many as each of the controller's groups has.
             block_size: Tokens of a block.
             is_prefix_cached: Whether blocks of one request serve others, and later ones.
+            num_lookahead_tokens: Tokens behind a block that its bytes depend on: a hit must continue with them, too.
 
         Raises:
-            ValueError: num_blocks or block_size is out of range.
+            ValueError: A number is out of range.
         """
         self._controller = controller
         self._require_num_blocks(num_blocks)
-        self._tiers = CacheTiers(controller, num_blocks, block_size)
+        self._tiers = CacheTiers(controller, num_blocks, block_size, num_lookahead_tokens)
         self._tables = OpenTables(controller, self._tiers)
         self._is_prefix_cached = is_prefix_cached
         self._counts: Counter[str] = Counter()
@@ -168,38 +176,47 @@ class CacheManager:
             return replaced[0]
         return num_held
 
-    def commit(self, table: BlockTable, tokens: npt.ArrayLike) -> int:
-        """The entries of these tokens, all of the request's, exist and are confirmed: full blocks enter the cache.
+    def commit(
+        self,
+        table: BlockTable,
+        tokens: npt.ArrayLike,
+        *,
+        num_computed: int | None = None,
+        num_complete: int | None = None,
+    ) -> int:
+        """Entries of a request's tokens exist and are confirmed: full blocks enter the cache.
 
         If the same tokens are cached in another block already, the table takes that one and gives its own back.
+
+        Args:
+            table: Of the request.
+            tokens: The request's tokens, all of which are confirmed.
+            num_computed: Leading ones whose entries exist; None: all.
+            num_complete: Leading ones whose entries exist in every group; None: num_computed. Blocks beyond are not
+                cached yet.
 
         Returns:
             As extend.
 
         Raises:
-            ValueError: There are fewer tokens than before, or more than the blocks hold.
+            ValueError: Fewer are computed than before, or more than there are tokens or places in the blocks.
             WrongState, UnknownTable: As extend.
             TransferFailed: A load that the tokens built on had failed: call take_failed first and compute again.
             TransferTimeout: A load goes on.
         """
         self._tables.settle(table)
-        num_tokens = len(np.asarray(tokens))
-        if not table.num_computed <= num_tokens <= len(table.blocks) * self.block_size:
-            capacity = len(table.blocks) * self.block_size
-            raise ValueError(f"tokens: expected {table.num_computed} .. {capacity} tokens, got {num_tokens}")
-        num_cached, num_full = len(table.path), num_tokens // self.block_size
-        row = token_bytes(np.asarray(tokens)[num_cached * self.block_size : num_full * self.block_size])
-        table.num_computed = num_tokens
-        first_changed = len(table.blocks)
-        if self._is_prefix_cached and not table.is_closed_to_cache:
-            width = len(row) // max(1, num_full - num_cached)
-            for place in range(num_cached, num_full):
-                begin = (place - num_cached) * width
-                if not self._cache_block(table, place, row[begin : begin + width]):
-                    break
-                if table.blocks[place] != table.path[place].blocks[Tier.DEVICE]:
-                    first_changed = min(first_changed, place)
-                    self._take_cached(table, place)
+        num_known, capacity = len(np.asarray(tokens)), len(table.blocks) * self.block_size
+        if num_computed is None:
+            num_computed = num_known
+        if not table.num_computed <= num_computed <= min(num_known, capacity):
+            raise ValueError(
+                f"num_computed: expected {table.num_computed} .. {capacity} of {num_known} tokens, got {num_computed}"
+            )
+        table.num_computed = num_computed
+        num_cached, first_changed = len(table.path), len(table.blocks)
+        if self._is_prefix_cached:
+            num_full = min(num_computed, num_computed if num_complete is None else num_complete) // self.block_size
+            first_changed = cache_blocks(self._tiers, table, tokens, num_full)
         self._back_up(table.path[num_cached:])
         return first_changed
 
@@ -367,24 +384,3 @@ class CacheManager:
     def _is_shared(self, table: BlockTable, place: int) -> bool:
         block, device = table.blocks[place], self._tiers.device
         return device.is_cached(block) or device.num_owners(block) - (block in self._tables.loads.filling(table)) > 1
-
-    def _cache_block(self, table: BlockTable, place: int, tokens: bytes) -> bool:
-        """Append the node of a computed block to the path, with the table's block if it has none on the device."""
-        tree = self._tiers.tree
-        num_before = len(tree)
-        node = tree.insert(table.path[-1] if table.path else None, tokens, table.salt)
-        if node is None:
-            table.is_closed_to_cache = True
-            return False
-        node.num_uses += len(tree) == num_before
-        if node.blocks[Tier.DEVICE] is None:
-            self._tiers.attach(node, Tier.DEVICE, table.blocks[place])
-        table.path.append(node)
-        return True
-
-    def _take_cached(self, table: BlockTable, place: int) -> None:
-        block = table.path[place].blocks[Tier.DEVICE]
-        assert block is not None, "the path of a table on the device is there"  # noqa: S101 - a bug of this file
-        self._tiers.device.share([block])
-        self._tiers.device.free([table.blocks[place]])
-        table.blocks[place] = block

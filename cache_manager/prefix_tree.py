@@ -7,7 +7,14 @@ from a salt (an adapter, a tenant, anything that changes what the bytes would be
     block 0   hash(digest of the root    | tokens 0 .. 63)
     block 1   hash(digest of block 0     | tokens 64 .. 127)
 
-so that a look-up is one hash and one dictionary access per block, whatever the size of the tree. Equal digests are
+A block's bytes may depend on tokens behind it, as those of a draft model do, whose row of a position is made from the
+next token. Then those tokens are part of what is hashed and compared, and a block is found only where they follow.
+With one such token:
+
+    block 0   hash(digest of the root    | tokens 0 .. 64)
+    block 1   hash(digest of block 0     | tokens 64 .. 128)
+
+A look-up is one hash and one dictionary access per block, whatever the size of the tree. Equal digests are
 never trusted: tokens and parent are compared as well, which by induction compares the whole prefix and the salt.
 """
 
@@ -36,10 +43,10 @@ class Tier(IntEnum):
 
 
 class PrefixNode:
-    """One full block of tokens after its parent's.
+    """One full block after its parent's.
 
     Attributes:
-        tokens: The block's token ids as bytes; of a root the salt.
+        tokens: What its bytes depend on besides the parent: token ids as bytes; of a root the salt.
         blocks: The block that holds the bytes, by tier; None where there is none.
         children: Blocks that follow this one, by digest.
         num_uses: How often it was inserted or hit.
@@ -77,19 +84,29 @@ def token_bytes(tokens: npt.ArrayLike) -> bytes:
 class PrefixTree:
     """Cached prefixes in units of full blocks. It owns no block and evicts nothing by itself: it is an index."""
 
-    def __init__(self, block_size: int, hash_function: Callable[[bytes], bytes] = hash_bytes) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        hash_function: Callable[[bytes], bytes] = hash_bytes,
+        *,
+        num_lookahead_tokens: int = 0,
+    ) -> None:
         """Make an empty tree.
 
         Args:
             block_size: Tokens of a block.
             hash_function: Of a node. A weak one costs hits, never correctness.
+            num_lookahead_tokens: Tokens behind a block that its bytes depend on.
 
         Raises:
-            ValueError: block_size is below 1.
+            ValueError: block_size is below 1, or num_lookahead_tokens below 0.
         """
         if block_size < 1:
             raise ValueError(f"block_size: expected 1 or more, got {block_size}")
+        if num_lookahead_tokens < 0:
+            raise ValueError(f"num_lookahead_tokens: expected 0 or more, got {num_lookahead_tokens}")
         self._block_bytes = block_size * TOKEN_BYTES
+        self._node_bytes = (block_size + num_lookahead_tokens) * TOKEN_BYTES
         self._hash = hash_function
         self._roots: dict[bytes, PrefixNode] = {}
         self._nodes: dict[bytes, PrefixNode] = {}
@@ -113,8 +130,8 @@ class PrefixTree:
         node, path = self._roots.get(salt), list[PrefixNode]()
         if node is None:
             return path
-        row, width, nodes, hashed = token_bytes(tokens), self._block_bytes, self._nodes, self._hash
-        for begin in range(0, len(row) - width + 1, width):
+        row, width, nodes, hashed = token_bytes(tokens), self._node_bytes, self._nodes, self._hash
+        for begin in range(0, len(row) - width + 1, self._block_bytes):
             block = row[begin : begin + width]
             found = nodes.get(hashed(node.digest + block))
             if found is None or found.tokens != block or found.parent is not node:
@@ -122,6 +139,15 @@ class PrefixTree:
             path.append(found)
             node = found
         return path
+
+    def nodes_of(self, tokens: npt.ArrayLike, begin: int, end: int) -> Iterator[bytes]:
+        """What `insert` takes for blocks begin .. end - 1 of a sequence, as far as the sequence goes."""
+        stride, width = self._block_bytes, self._node_bytes
+        row = token_bytes(
+            np.asarray(tokens)[begin * stride // TOKEN_BYTES : (end * stride - stride + width) // TOKEN_BYTES]
+        )
+        for start in range(0, min((end - begin) * stride, len(row) - width + 1), stride):
+            yield row[start : start + width]
 
     def find(self, parent: PrefixNode | None, tokens: bytes, salt: bytes = b"") -> PrefixNode | None:
         """The node of one more block after parent (None: at the start), if there is one."""
@@ -138,10 +164,10 @@ class PrefixTree:
             The node, which may have existed; None if its digest belongs to other tokens, so that it cannot be cached.
 
         Raises:
-            ValueError: tokens is not one full block, or parent has been removed.
+            ValueError: tokens is not one full block with what follows, or parent has been removed.
         """
-        if len(tokens) != self._block_bytes:
-            raise ValueError(f"tokens: expected {self._block_bytes} bytes, got {len(tokens)}")
+        if len(tokens) != self._node_bytes:
+            raise ValueError(f"tokens: expected {self._node_bytes} bytes, got {len(tokens)}")
         if parent is not None and parent not in self:
             raise ValueError("parent: expected a node of this tree, got one that was removed")
         start = self._roots.get(salt) or PrefixNode(self._hash(salt), salt, None) if parent is None else parent

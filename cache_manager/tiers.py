@@ -70,16 +70,19 @@ class CacheTiers:
         last_failure: Why the latest failed backup failed.
     """
 
-    def __init__(self, controller: CacheController, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, controller: CacheController, num_blocks: int, block_size: int, num_lookahead_tokens: int = 0
+    ) -> None:
         """Start with nothing cached.
 
         Args:
             controller: Copies; says whether there is a host tier, and the write policy.
             num_blocks: Of the device.
             block_size: Tokens of a block.
+            num_lookahead_tokens: As PrefixTree.
         """
         self.device = BlockPool(num_blocks)
-        self.tree = PrefixTree(block_size)
+        self.tree = PrefixTree(block_size, num_lookahead_tokens=num_lookahead_tokens)
         self.block_size = block_size
         self.counts = TierCounts()
         self.last_failure: Exception | None = None

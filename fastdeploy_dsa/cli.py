@@ -88,8 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--swap-space", default="0", help="host memory for blocks that leave the cache, such as 1GiB"
     )
+    generate.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help='draft tokens, such as \'{"method": "mtp", "num_speculative_tokens": 3}\' (default: none)',
+    )
     generate.add_argument("--no-prefix-caching", action="store_true", help="compute prefixes seen before again")
-    generate.add_argument("--stats", action="store_true", help="say on stderr what the cache did")
+    generate.add_argument("--stats", action="store_true", help="say on stderr what cache and drafts did")
     _add_common(generate)
     generate.set_defaults(run=_generate)
 
@@ -193,11 +198,14 @@ def _generate(options: argparse.Namespace) -> int:
         num_blocks=options.num_blocks,
         swap_space=options.swap_space,
         enable_prefix_caching=not options.no_prefix_caching,
+        speculative_config=options.speculative_config,
     )
     for output in llm.generate(options.prompts, params):
         sys.stdout.buffer.write(f"{output.text}\n".encode())  # whatever encoding the terminal is said to have
     if options.stats:
         sys.stderr.write(llm.cache_stats().table())
+        if options.speculative_config is not None:
+            sys.stderr.write(llm.speculative_stats().table() + llm.time_split().table())
     return 0
 
 

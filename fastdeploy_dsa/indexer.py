@@ -60,8 +60,7 @@ class Indexer:
         Returns:
             Selection of width index_topk.
         """
-        key = self.keys(hidden, rotation)
-        index_key_write(key=key, cache=index_cache, slot_mapping=step.slot_mapping, cpu=cpu)
+        self.write_keys(hidden, rotation=rotation, step=step, index_cache=index_cache, cpu=cpu)
         query, folded_weights = self.queries(hidden, q_c, rotation, _format_of(index_cache), cpu)
         return index_select(
             query=query,
@@ -74,6 +73,13 @@ class Indexer:
             topk=self._config.index_topk,
             cpu=cpu,
         )
+
+    def write_keys(
+        self, hidden: Tensor, *, rotation: Rotation, step: StepMetadata, index_cache: Tensor, cpu: CpuOptions
+    ) -> None:
+        """Write the rows' index keys alone: later rows may select these even if these select nothing (rule S23)."""
+        key = self.keys(hidden, rotation)
+        index_key_write(key=key, cache=index_cache, slot_mapping=step.slot_mapping, cpu=cpu)
 
     def keys(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """Index keys of the rows, [num_rows, index_head_dim] float32."""

@@ -26,9 +26,18 @@ class Weights:
         """The tensor called prefix + name."""
         return self._tensors[self._prefix + name]
 
+    def get(self, name: str, default: Tensor) -> Tensor:
+        """The tensor called prefix + name, or the default where there is none."""
+        return self._tensors.get(self._prefix + name, default)
+
     def below(self, part: str) -> Weights:
         """The tensors one part deeper, so that `w.below("mlp")["gate.weight"]` is `w["mlp.gate.weight"]`."""
         return Weights(self._tensors, f"{self._prefix}{part}.")
+
+
+def padded_rows(x: Tensor, fill: int) -> Tensor:
+    """x [rows, width] with so many rows of zeros behind."""
+    return paddle.concat([x, paddle.zeros([fill, x.shape[1]], dtype=x.dtype)]) if fill else x
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,6 +52,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         weight = paddle.concat([weight, more_columns])
     product: Tensor = paddle.matmul(x, weight, transpose_y=True)
     return product if columns >= LEAST_COLUMNS else product[:, :columns]
+
+
+def output_logits(hidden: Tensor, lm_head: Tensor) -> Tensor:
+    """hidden [R, hidden_size] to [R, vocab_size]; a row does not depend on the others, however few there are."""
+    rows = hidden.shape[0]
+    return linear(padded_rows(hidden, -rows % ROW_MULTIPLE), lm_head)[:rows]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import astuple
 from pathlib import Path
 from time import perf_counter
 
@@ -42,10 +41,12 @@ def params_of(kind: SamplingParams, num_tokens: int) -> SamplingParams:
 
 def decode_steps(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> np.ndarray:
     """[steps, 5] seconds: model, schedule, sample, detokenize, all of the step as the caller sees it."""
+    columns = ["model", "schedule", "sample", "detokenize", "num_steps"]
     snapshots = []
     for received, _ in enumerate(llm.stream(prompts, params), 1):
         if received % len(prompts) == 0:  # every request got a token: one step is over
-            snapshots.append((*astuple(llm.time_split()), perf_counter()))
+            times = llm.time_split()
+            snapshots.append((*(getattr(times, column) for column in columns), perf_counter()))
     table = np.diff(np.array(snapshots), axis=0)
     if not (table[:, 4] == 1).all():
         raise RuntimeError("a row of the table is not one step")

@@ -72,6 +72,32 @@ def test_generate_repeats_itself_with_a_seed(model: Path, capsys: pytest.Capture
     assert texts[0] != texts[2]
 
 
+def test_generate_with_drafts_prints_the_same_texts_and_says_what_they_brought(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompt = "The code of the red box is 4812. What is the code of the red box?"
+    config = '{"method": "mtp", "num_speculative_tokens": 3}'
+    captured = []
+    for options in ([], ["--speculative-config", config, "--stats"]):
+        assert cli.main(["generate", *options, prompt]) == 0
+        captured.append(capsys.readouterr())
+    assert captured[0].out == captured[1].out
+    assert "4812" in captured[0].out
+    lines = captured[1].err.splitlines()
+    rounds = next(line for line in lines if line.startswith("rounds"))
+    assert float(rounds.rsplit(", ", 1)[1].split()[0]) > 2
+    assert next(line for line in lines if line.startswith("drafts")).count("%") == 4
+    assert next(line for line in lines if line.startswith("time")).count(" s (") == 3
+
+
+def test_a_bad_speculative_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    message = complaint(capsys, "generate", "--speculative-config", '{"method": "eagle"}', "prompt")
+    assert message == "speculative_config.num_speculative_tokens: missing"
+    config = '{"method": "eagle", "num_speculative_tokens": 1}'
+    message = complaint(capsys, "generate", "--speculative-config", config, "prompt")
+    assert message == "speculative_config.method: expected 'mtp', got 'eagle'"
+
+
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "fp8"])
 def test_logits_are_saved_and_do_not_depend_on_the_chunk_size(
     model: Path, ids_file: Path, tmp_path: Path, cache_dtype: str

@@ -37,10 +37,12 @@ int64_t score_width(const dsa_index_select_params& p) {
 
 bool needs_scores(const dsa_index_select_params& p) { return score_width(p) > p.topk; }
 
-/* Scoring the short ones of a few rows takes less than the launch that would leave them out; nobody reads their scores. */
+/* Scoring the short ones of a few rows takes less than the launch that would leave them out; nobody reads the scores. */
 constexpr int64_t kFewScores = 1 << 15;
 
-bool leaves_out_short_rows(const dsa_index_select_params& p, int64_t num_rows) { return num_rows * p.topk > kFewScores; }
+bool leaves_out_short_rows(const dsa_index_select_params& p, int64_t num_rows) {
+    return num_rows * p.topk > kFewScores;
+}
 
 dsa_indexer_logits_params logits_params(const dsa_index_select_params& p, const Plan& plan) {
     dsa_indexer_logits_params q = {};

@@ -85,14 +85,12 @@ class MLAAttentionBackend(AttentionBackend):
         selection: IndexSelection | None = None,
     ) -> Tensor:
         """As the base says; without a selection every row attends to its whole context."""
-        latent, rope = entries
-        cache = caches["key", layer_id]
-        mla_cache_write(latent=latent, rope=rope, cache=cache, slot_mapping=step.slot_mapping, cpu=self.cpu)
+        self.write_entries(entries, layer_id=layer_id, step=step, caches=caches)
         if selection is None:
             selection = whole_context(step, self.block_size)
         out, _ = sparse_mla(
             query=query,
-            latent_cache=cache,
+            latent_cache=caches["key", layer_id],
             slot_ids=selection.slot_ids,
             counts=selection.counts,
             kv_lora_rank=self.kv_lora_rank,
@@ -100,6 +98,14 @@ class MLAAttentionBackend(AttentionBackend):
             cpu=self.cpu,
         )
         return out
+
+    def write_entries(
+        self, entries: tuple[Tensor, ...], *, layer_id: int, step: StepMetadata, caches: KVCaches
+    ) -> None:
+        """The first half of `forward` alone, for rows that others attend to and that need no result themselves."""
+        latent, rope = entries
+        cache = caches["key", layer_id]
+        mla_cache_write(latent=latent, rope=rope, cache=cache, slot_mapping=step.slot_mapping, cpu=self.cpu)
 
 
 def whole_context(step: StepMetadata, block_size: int) -> IndexSelection:

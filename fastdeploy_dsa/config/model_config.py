@@ -186,6 +186,14 @@ class DsaConfig(MlaConfig):
         """Kind of the MTP layers, which mlp_layer_types does not list."""
         return "sparse" if self.n_routed_experts else "dense"
 
+    def mlp_type(self, layer: int) -> MlpType:
+        """Kind of feed-forward of a backbone or draft layer."""
+        return self.mlp_layer_types[layer] if layer < self.num_hidden_layers else self.mtp_mlp_type
+
+    def owns_indexer(self, layer: int) -> bool:
+        """Whether a layer selects by itself: a full layer of the schedule, or a draft layer."""
+        return layer >= self.num_hidden_layers or self.index_schedule.is_full(layer)
+
     def layer_kind(self, layer: int) -> LayerKind:
         return "dsa"
 

@@ -11,16 +11,25 @@ import numpy.typing as npt
 from cache_manager import CacheManager, TransferFailed
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.runner import StepInputs, StepRunner
-from fastdeploy_dsa.engine.sampler import SamplingRow, sample, top_logprobs
-from fastdeploy_dsa.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from fastdeploy_dsa.engine.sampler import SamplingRow, top_logprobs
+from fastdeploy_dsa.engine.scheduler import Scheduler
+from fastdeploy_dsa.engine.speculative.acceptance import accept
+from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from fastdeploy_dsa.engine.swap_cost import SwapCost
 
 
 @dataclass
 class TimeSplit:
-    """Seconds by what they were spent on; `model` includes the step's tensors and the logits on the host."""
+    """Seconds by what they were spent on.
+
+    Attributes:
+        model: The target, with the step's tensors and the logits on the host.
+        draft: The draft model, likewise, and what chooses its tokens.
+    """
 
     model: float = 0.0
+    draft: float = 0.0
     schedule: float = 0.0
     sample: float = 0.0
     detokenize: float = 0.0
@@ -28,8 +37,15 @@ class TimeSplit:
 
     @property
     def engine(self) -> float:
-        """Everything but the model."""
+        """Everything but the models."""
         return self.schedule + self.sample + self.detokenize
+
+    def table(self) -> str:
+        """One line, for people."""
+        parts = {"target": self.model, "drafts": self.draft, "engine": self.engine}
+        whole = sum(parts.values()) or 1.0
+        shares = ", ".join(f"{name} {seconds:.3g} s ({seconds / whole:.0%})" for name, seconds in parts.items())
+        return f"time    {self.num_steps} steps: {shares}\n"
 
 
 class EngineCore:
@@ -48,6 +64,7 @@ class EngineCore:
         limits: SchedulerLimits,
         eos_token_ids: tuple[int, ...],
         bytes_per_block: int,
+        proposer: Proposer | None = None,
         checks_integrity: bool = False,
     ) -> None:
         """Start without requests.
@@ -58,11 +75,13 @@ class EngineCore:
             limits: Of a step and of a request.
             eos_token_ids: The model's end tokens.
             bytes_per_block: Of the cache, over all its tensors.
+            proposer: Drafts for the requests; None: nobody does.
             checks_integrity: Whether every step ends with a check of all blocks.
         """
         self._runner = runner
         self._cache = cache
         self._swap_cost = SwapCost(bytes_per_block)
+        self._proposer = proposer
         self._checks_integrity = checks_integrity
         self._block_size = limits.block_size
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -78,6 +97,8 @@ class EngineCore:
         """
         request.number = self._num_added
         self._num_added += 1
+        if self._proposer is not None:
+            self._proposer.add(request)
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
@@ -95,7 +116,8 @@ class EngineCore:
             that the next step computes what it should have brought.
 
         Raises:
-            NonFiniteLogitsError: As sample. No request has changed; the same step would follow.
+            NonFiniteLogitsError: As accept. No request has changed, and the same step would follow; if it was the
+                draft model, requests have got their tokens and no drafts.
             TransferTimeout: A load from the host takes too long. As above.
         """
         try:
@@ -112,42 +134,67 @@ class EngineCore:
         inputs = StepInputs.from_chunks(chunks, self.scheduler.block_table, self._block_size)
         scheduled = perf_counter()
         try:
-            logits = self._runner.run(inputs, before_layer=self._cache.wait_for_layer)
+            outputs = self._runner.run(inputs, before_layer=self._cache.wait_for_layer)
+            for layer in self._proposer.layer_ids if self._proposer is not None else ():
+                self._cache.wait_for_layer(layer)
         except TransferFailed:
             if not self.scheduler.recover():
                 raise
             return 0
         computed = perf_counter()
         self._swap_cost.observe(computed - scheduled, len(inputs.token_ids))
-        requests = [chunk.request for chunk in chunks if chunk.is_last]
-        tokens = self._sample(logits, requests)
+        ending = [chunk.request for chunk in chunks if chunk.is_last]
+        accepted = self._accept(outputs.logits, ending)
         sampled = perf_counter()
-        self._advance(chunks, requests, tokens)
+        num_tokens = self._take_over(outputs.logits, ending, accepted)
+        detokenized = perf_counter()
+        try:
+            if self._proposer is not None:
+                self._proposer.propose(chunks, outputs.hidden, self.scheduler.block_table)
+        finally:
+            drafted = perf_counter()
+            self.scheduler.commit(chunks)
+            for request in ending:
+                if request.finish_reason is not None:
+                    self.scheduler.remove(request)
         times = self.times
-        times.schedule += scheduled - begin
+        times.schedule += scheduled - begin + perf_counter() - drafted
         times.model += computed - scheduled
         times.sample += sampled - computed
-        times.detokenize += perf_counter() - sampled
+        times.detokenize += detokenized - sampled
+        times.draft += drafted - detokenized
         times.num_steps += 1
-        return len(tokens)
+        return num_tokens
 
-    def _sample(self, logits: npt.NDArray[np.float32], requests: list[Request]) -> list[int]:
+    @staticmethod
+    def _accept(logits: npt.NDArray[np.float32], requests: list[Request]) -> list[list[int]]:
         if not requests:
             return []
         rows = [SamplingRow(request.params, request.random_key, request.num_tokens) for request in requests]
-        tokens = sample(logits, rows)
-        for line, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if request.params.logprobs is not None:
-                request.logprobs.append(top_logprobs(logits[line], token, request.params.logprobs))
-        return tokens
+        return accept(logits, rows, [request.drafts for request in requests])
 
-    def _advance(self, chunks: list[Chunk], requests: list[Request], tokens: list[int]) -> None:
-        self.scheduler.commit(chunks)
-        for request, token in zip(requests, tokens, strict=True):
-            request.append(token)
-            self._end_if_complete(request, token)
-            if request.finish_reason is not None:
-                self.scheduler.remove(request)
+    def _take_over(self, logits: npt.NDArray[np.float32], requests: list[Request], accepted: list[list[int]]) -> int:
+        """Give requests their tokens, none behind one that ends the request; their drafts are used up.
+
+        Returns:
+            Tokens taken over.
+        """
+        line = num_taken = 0
+        for request, tokens in zip(requests, accepted, strict=True):
+            num_drafts = len(request.drafts)
+            request.drafts = []
+            if self._proposer is not None:
+                self._proposer.observe(request, num_drafts, len(tokens) - 1)
+            for place, token in enumerate(tokens):
+                if request.params.logprobs is not None:
+                    request.logprobs.append(top_logprobs(logits[line + place], token, request.params.logprobs))
+                request.append(token)
+                num_taken += 1
+                self._end_if_complete(request, token)
+                if request.finish_reason is not None:
+                    break
+            line += 1 + num_drafts
+        return num_taken
 
     def _end_if_complete(self, request: Request, token: int) -> None:
         """Give the token to the detokenizer and set the finish reason, if there is one now."""

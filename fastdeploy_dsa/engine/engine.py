@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from fastdeploy_dsa.engine.progress import ProgressBar
 from fastdeploy_dsa.engine.prompts import Prompt, PromptLike, PromptReader
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.sampling_params import MAX_SEED, SamplingParams
-from fastdeploy_dsa.engine.scheduler import SchedulerLimits
+from fastdeploy_dsa.engine.speculative.config import read_speculative_config
+from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from fastdeploy_dsa.engine.tokenizer import load_tokenizer
 from fastdeploy_dsa.engine.validation import require_bool, require_int
 
@@ -31,7 +35,7 @@ class LLM:
     """Loads a model once and continues any number of prompts, many at a time.
 
     The tokens of a request depend on its prompt, its sampling parameters and its seed, never on what else runs, on the
-    size of the steps or on the number of threads.
+    size of the steps or on the number of threads. With drafts, greedy tokens are the same; random ones are others.
 
     One thread at a time may use an LLM. Several `stream` iterators may be open at once; every step advances them all.
     """
@@ -53,6 +57,7 @@ class LLM:
         num_threads: int = 0,
         seed: int = 0,
         hf_overrides: Mapping[str, Any] | None = None,
+        speculative_config: Mapping[str, Any] | str | None = None,
         progress: bool | None = None,
         check_integrity: bool = False,
     ) -> None:
@@ -73,10 +78,13 @@ class LLM:
                 that have to give way, and what is cached for later prompts. 0: there is none, they are computed again.
                 If it cannot be allocated, a warning is logged and there is none.
             max_num_batched_tokens: Tokens of a step; longer prompts are computed in chunks.
-            max_num_seqs: Requests that run at a time, the others wait; None: 32, or max_num_batched_tokens if less.
+            max_num_seqs: Requests that run at a time, the others wait; None: 32, or as many as max_num_batched_tokens
+                has room for, with all their drafts.
             num_threads: Of the CPU ops; 0 means every processor the process may run on.
             seed: For requests without a seed of their own.
             hf_overrides: Keys that replace those of config.json.
+            speculative_config: {"method": "mtp", "num_speculative_tokens": 3}, or that as JSON text: the checkpoint's
+                MTP layer drafts tokens, which are verified in one step, see docs/mtp.md; None: one token at a time.
             progress: Bars on stderr while loading and generating takes long; None: only if stderr is a terminal.
             check_integrity: For debugging: check after every step that no block is lost or given out twice.
 
@@ -90,19 +98,24 @@ class LLM:
         cache_format = read_cache_dtype(cache_dtype, device)
         cache_bytes = read_bytes("cache_memory", cache_memory)
         host_bytes = read_bytes("swap_space", swap_space, low=0)
+        speculative = read_speculative_config(speculative_config)
+        num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
         is_prefix_cached = require_bool("enable_prefix_caching", enable_prefix_caching)
         self.config = read_model_config(folder, hf_overrides)
+        if speculative is not None:
+            speculative.check_depth(self.config.num_nextn_predict_layers)
         longest = self.config.max_position_embeddings
         if max_model_len is not None:
             longest = require_int("max_model_len", max_model_len, low=2, high=longest)
         budget = require_int("max_num_batched_tokens", max_num_batched_tokens, low=1)
         if max_num_seqs is None:
-            max_num_seqs = min(_DEFAULT_MAX_NUM_SEQS, budget)
+            max_num_seqs = max(1, min(_DEFAULT_MAX_NUM_SEQS, budget // (1 + num_drafts)))
         limits = SchedulerLimits(
             max_num_batched_tokens=budget,
             max_num_seqs=require_int("max_num_seqs", max_num_seqs, low=1),
             max_model_len=longest,
             block_size=require_int("block_size", block_size, low=1),
+            num_speculative_tokens=num_drafts,
         )
         options = CacheOptions(
             cache_dtype=cache_format,
@@ -123,6 +136,7 @@ class LLM:
             config=self.config,
             options=options,
             progress=progress,
+            drafts=speculative is not None,
             decode_limits=DecodeLimits(limits.max_num_seqs, limits.max_model_len, limits.block_size),
         )
         self._max_cached_tokens = loaded.num_blocks * limits.block_size
@@ -132,13 +146,19 @@ class LLM:
             num_blocks=loaded.num_blocks,
             block_size=limits.block_size,
             is_prefix_cached=is_prefix_cached,
+            # The last of the draft layers makes its entry of a position from the token so far behind it.
+            num_lookahead_tokens=0 if speculative is None else self.config.num_nextn_predict_layers,
         )
+        self._proposer = None
+        if speculative is not None and loaded.draft_runner is not None:
+            self._proposer = Proposer(loaded.draft_runner, speculative, block_size=limits.block_size)
         self._core = EngineCore(
             runner=loaded.runner,
             cache=self._cache,
             limits=limits,
             eos_token_ids=self.config.eos_token_ids,
             bytes_per_block=loaded.cache_controller.bytes_per_block,
+            proposer=self._proposer,
             checks_integrity=require_bool("check_integrity", check_integrity),
         )
         self._num_requests = 0
@@ -194,6 +214,10 @@ class LLM:
     def cache_stats(self) -> EngineCacheStats:
         """What the cache did so far, and what its blocks are used for now."""
         return EngineCacheStats(replace(self._core.scheduler.counts), self._cache.stats())
+
+    def speculative_stats(self) -> SpeculativeStats:
+        """What drafting brought so far; all 0 without it."""
+        return SpeculativeStats() if self._proposer is None else deepcopy(self._proposer.stats)
 
     def _run(self, requests: list[Request]) -> Iterator[RequestDelta]:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_manager import CacheConfig, CacheController, HostAllocationFailed
+from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.select import create_attention_backend
 from fastdeploy_dsa.block_copier import PaddleBlockCopier
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
@@ -17,7 +18,8 @@ from fastdeploy_dsa.device import CPU
 from fastdeploy_dsa.engine.decode_graphs import DecodeLimits, paddle_graphs
 from fastdeploy_dsa.engine.progress import ProgressBar
 from fastdeploy_dsa.engine.runner import ModelRunner
-from fastdeploy_dsa.models import load_model
+from fastdeploy_dsa.engine.speculative.mtp_runner import MtpRunner
+from fastdeploy_dsa.models import MtpModel, load_model, load_model_with_mtp
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions
 
 
@@ -110,11 +112,13 @@ class LoadedModel:
 
     Attributes:
         runner: The model with its cache.
+        draft_runner: The checkpoint's draft model with its own; None if it was not asked for.
         cache_controller: Has a host tier if one was asked for and could be allocated.
         num_blocks: Of the cache.
     """
 
     runner: ModelRunner
+    draft_runner: MtpRunner | None
     cache_controller: CacheController
     num_blocks: int
 
@@ -125,17 +129,29 @@ def load_runner(
     config: DsaConfig,
     options: CacheOptions,
     progress: bool | None,
+    drafts: bool = False,
     decode_limits: DecodeLimits | None = None,
 ) -> LoadedModel:
-    """Load the weights and allocate the cache.
+    """Load the weights and allocate the caches.
 
-    Decode steps within decode_limits are captured as graphs where device and model allow it.
+    Args:
+        folder: The checkpoint.
+        config: Of the model.
+        options: Of the caches.
+        progress: As LLM.
+        drafts: Whether the checkpoint's draft model is wanted.
+        decode_limits: The largest decode step; steps within are captured as graphs where device and model allow it.
 
     Raises:
-        ValueError: As load_model and create_attention_backend, or the cache or its host tier is too small for a block.
+        ValueError: As load_model_with_mtp and create_attention_backend, or the cache or its host tier is too small for
+            a block.
     """
+    draft_models: tuple[MtpModel, ...] = ()
     with ProgressBar("loading weights", 1, is_wanted=progress) as bar:
-        model = load_model(folder, config=config, on_tensor=bar.update)
+        if drafts:
+            model, draft_models = load_model_with_mtp(folder, config=config, on_tensor=bar.update)
+        else:
+            model = load_model(folder, config=config, on_tensor=bar.update)
     cpu = CpuOptions(num_threads=options.num_threads)
     backend = create_attention_backend(
         model.config,
@@ -145,11 +161,13 @@ def load_runner(
         device=options.device,
     )
     num_layers = model.config.num_hidden_layers
-    bytes_per_block = backend.bytes_per_block(num_layers)
+    bytes_per_block = backend.bytes_per_block(num_layers + len(draft_models))
     num_blocks = options.choose_num_blocks(bytes_per_block)
     cache_config = CacheConfig(num_layers=num_layers, num_host_blocks=options.num_host_blocks(bytes_per_block))
     controller = CacheController(cache_config, copier=PaddleBlockCopier(cpu))
     controller.initialize_kv_cache(backend, num_blocks)
+    if draft_models:
+        controller.initialize_mtp_kv_cache(backend, num_blocks, len(draft_models), layer_offset=num_layers)
     try:
         controller.initialize_host_cache()
     except HostAllocationFailed as failure:
@@ -162,4 +180,8 @@ def load_runner(
         decode_limits=decode_limits,
         make_graph=paddle_graphs(options.device, model.capture_refusal),
     )
-    return LoadedModel(runner, controller, num_blocks)
+    draft_runner = None
+    if draft_models:
+        assert isinstance(backend, DSAAttentionBackend), "a model with an indexer has this one"  # noqa: S101
+        draft_runner = MtpRunner(draft_models, backend, controller.caches, block_size=options.block_size)
+    return LoadedModel(runner, draft_runner, controller, num_blocks)

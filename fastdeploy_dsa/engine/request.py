@@ -12,6 +12,8 @@ from cache_manager import BlockId, BlockTable
 from fastdeploy_dsa.engine.detokenizer import Detokenizer
 from fastdeploy_dsa.engine.outputs import FinishReason, Logprobs, RequestDelta, RequestOutput
 from fastdeploy_dsa.engine.sampling_params import SamplingParams
+from fastdeploy_dsa.engine.speculative.acceptance import Draft
+from fastdeploy_dsa.engine.speculative.state import DraftState
 
 SlotLine = NewType("SlotLine", int)
 """A running request's line in the scheduler's block table."""
@@ -34,10 +36,14 @@ class Request:
         num_reported: Generated tokens that a delta has reported.
         table: Its blocks in the cache manager; None before it runs, and when it has to be computed again.
         line: While running.
+        drafts: Proposals for the tokens behind the newest one, which the next step verifies.
+        draft_state: What drafting keeps of it; None without drafting.
     """
 
     __slots__ = (
         "detokenizer",
+        "draft_state",
+        "drafts",
         "finish_reason",
         "index",
         "line",
@@ -86,6 +92,8 @@ class Request:
         self.num_reported = 0
         self.table: BlockTable | None = None
         self.line: SlotLine | None = None
+        self.drafts: list[Draft] = []
+        self.draft_state: DraftState | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.logprobs: Logprobs = []
@@ -110,10 +118,26 @@ class Request:
         """Tokens that may need a cache entry: all but the last, which is never fed to the model."""
         return self.num_prompt + self.max_tokens - 1
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still follow."""
+        return self.num_prompt + self.max_tokens - self.num_tokens
+
+    @property
+    def num_undrafted(self) -> int:
+        """Newest computed tokens for which the draft model has no cache entries yet."""
+        return 0 if self.draft_state is None else self.draft_state.num_undrafted
+
     def append(self, token: int) -> None:
         """Take over the next token."""
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
+
+    def drop_table(self) -> None:
+        """The table is closed: everything is to be computed again, by the draft model too. Drafts stay good."""
+        self.table = None
+        if self.draft_state is not None:
+            self.draft_state.undrafted.clear()
 
     def take_delta(self) -> RequestDelta | None:
         """What came since the last call; None if nothing did."""

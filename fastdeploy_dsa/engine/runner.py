@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ import paddle
 from paddle import Tensor
 
 from fastdeploy_dsa.engine.decode_graphs import DecodeGraphs, DecodeLimits, Graph
-from fastdeploy_dsa.engine.scheduler import Chunk
+from fastdeploy_dsa.engine.request import Request
+from fastdeploy_dsa.engine.step_plan import Chunk
 from fastdeploy_dsa.ops import IndexSelection
 from fastdeploy_dsa.step import StepMetadata
 
@@ -38,37 +39,98 @@ class StepInputs:
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], block_table: npt.NDArray[np.int32], block_size: int) -> StepInputs:
-        """Rows of scheduled chunks, in their order; logits of every chunk that ends its request's known tokens.
+        """Rows of scheduled chunks, in their order; logits behind the newest token of requests and behind each draft.
 
         Args:
             chunks: At least one.
             block_table: The scheduler's.
             block_size: Tokens of a block.
         """
-        counts = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+        counts = np.array([chunk.num_rows for chunk in chunks], np.int64)
         starts = np.array([chunk.request.num_computed for chunk in chunks], np.int64)
         ends = np.cumsum(counts)
-        lines = np.array([chunk.request.line for chunk in chunks], np.int64)
-        request_ids = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        width = -(-int((starts + counts).max()) // block_size)
-        pieces = [
-            request.tokens[request.num_computed : request.num_computed + num_tokens] for request, num_tokens in chunks
-        ]
-        return cls(
+        pieces: list[Any] = []
+        wanted: list[int] = []
+        for (request, num_tokens, num_drafts, is_last), end in zip(chunks, ends.tolist(), strict=True):
+            pieces.append(request.tokens[request.num_computed : request.num_computed + num_tokens])
+            if num_drafts:
+                pieces.append([draft.token for draft in request.drafts])
+            if is_last:
+                wanted += range(end - 1 - num_drafts, end)
+        return cls.of_rows(
             token_ids=np.concatenate(pieces),
-            positions=(np.repeat(starts, counts) + offsets).astype(np.int32),
-            request_ids=request_ids,
-            block_table=block_table[lines, :width],
-            logits_rows=ends[[chunk.is_last for chunk in chunks]] - 1,
+            positions=np.repeat(starts, counts) + offsets,
+            request_ids=np.repeat(np.arange(len(chunks)), counts),
+            block_table=lines_of([chunk.request for chunk in chunks], block_table),
+            logits_rows=np.array(wanted, np.int64),
+            block_size=block_size,
         )
+
+    @classmethod
+    def of_rows(
+        cls,
+        *,
+        token_ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        request_ids: npt.NDArray[np.int64],
+        block_table: npt.NDArray[np.int32],
+        logits_rows: npt.NDArray[np.int64],
+        block_size: int,
+    ) -> StepInputs:
+        """Rows with a block table as wide as they need it."""
+        width = -(-int(positions.max() + 1) // block_size)
+        return cls(
+            token_ids=token_ids,
+            positions=positions.astype(np.int32),
+            request_ids=request_ids.astype(np.int32),
+            block_table=block_table[:, :width],
+            logits_rows=logits_rows,
+        )
+
+    def only(self, rows: npt.NDArray[np.int64]) -> StepInputs:
+        """Some of the rows, with the logits of each."""
+        return replace(
+            self,
+            token_ids=self.token_ids[rows],
+            positions=self.positions[rows],
+            request_ids=self.request_ids[rows],
+            logits_rows=np.arange(len(rows)),
+        )
+
+    def metadata(self, block_size: int) -> StepMetadata:
+        """The rows as the layers take them."""
+        return StepMetadata.build(
+            token_ids=self.token_ids,
+            positions=self.positions,
+            request_ids=self.request_ids,
+            block_table=self.block_table,
+            block_size=block_size,
+        )
+
+
+def lines_of(requests: Sequence[Request], block_table: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The running requests' lines of the scheduler's block table, in their order."""
+    return block_table[np.array([request.line for request in requests], np.int64)]
+
+
+class StepOutputs(NamedTuple):
+    """What a step computed.
+
+    Attributes:
+        logits: [R, vocab_size] float32 of the wanted rows; empty if there are none.
+        hidden: Hidden states of all rows, after the final norm, for a draft model; the runner's own tensor.
+    """
+
+    logits: npt.NDArray[np.float32]
+    hidden: Any
 
 
 class StepRunner(Protocol):
     """What the engine needs of a model and its cache."""
 
-    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
-        """Write the rows' cache entries and return logits of the wanted rows, [R, vocab_size] float32.
+    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> StepOutputs:
+        """Write the rows' cache entries and compute logits of the wanted rows.
 
         Args:
             inputs: The rows.
@@ -133,16 +195,13 @@ class ModelRunner:
         *,
         before_layer: Callable[[int], None] | None = None,
         on_selection: Callable[[int, IndexSelection], None] | None = None,
-    ) -> npt.NDArray[np.float32]:
+    ) -> StepOutputs:
         """Run one step.
 
         Args:
             inputs: The rows.
             before_layer: As StepRunner.run.
             on_selection: Called with (layer id, selection) by every layer that selects by itself.
-
-        Returns:
-            [R, vocab_size] float32, logits of inputs.logits_rows.
         """
         with paddle.no_grad():
             if self._graphs is not None and on_selection is None and self._graphs.takes(inputs):
@@ -152,11 +211,11 @@ class ModelRunner:
                 hidden = self._run_eagerly(inputs, before_layer, on_selection)
             rows = inputs.logits_rows
             if len(rows) == 0:  # only unfinished prefill chunks; .shape of an empty gather differs between places
-                return np.empty((0, 0), np.float32)
+                return StepOutputs(np.empty((0, 0), np.float32), hidden)
+            wanted = hidden
             if len(rows) < len(inputs.token_ids):
-                hidden = paddle.index_select(hidden, paddle.to_tensor(rows))
-            logits: npt.NDArray[np.float32] = self._model.compute_logits(hidden).numpy()
-        return logits
+                wanted = paddle.index_select(hidden, paddle.to_tensor(rows))
+            return StepOutputs(self._model.compute_logits(wanted).numpy(), hidden)
 
     def _run_eagerly(
         self,
@@ -164,15 +223,8 @@ class ModelRunner:
         before_layer: Callable[[int], None] | None,
         on_selection: Callable[[int, IndexSelection], None] | None,
     ) -> Tensor:
-        step = StepMetadata.build(
-            token_ids=inputs.token_ids,
-            positions=inputs.positions,
-            request_ids=inputs.request_ids,
-            block_table=inputs.block_table,
-            block_size=self._block_size,
-        )
         return self._model.forward(
-            step=step,
+            step=inputs.metadata(self._block_size),
             attn_backend=self._attn_backend,
             caches=self._caches,
             before_layer=before_layer,

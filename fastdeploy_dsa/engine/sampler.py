@@ -80,14 +80,24 @@ def sample(logits: npt.NDArray[np.float32], rows: Sequence[SamplingRow]) -> list
     Raises:
         NonFiniteLogitsError: A row holds NaN or +inf, or nothing but -inf.
     """
-    best = logits.argmax(axis=1)  # the first of equals is the smallest id; a NaN counts as the largest
-    largest = logits[np.arange(len(rows)), best]
-    if not np.isfinite(largest).all():
-        raise NonFiniteLogitsError(f"the largest of the model's logits is {largest[~np.isfinite(largest)][0]}")
-    tokens: list[int] = best.tolist()
+    tokens = most_likely(logits)
     for index, (params, random_key, position) in enumerate(rows):
         if params.temperature > 0.0:
             tokens[index] = pick(token_weights(logits[index], params), uniform(random_key, position, Purpose.TOKEN))
+    return tokens
+
+
+def most_likely(logits: npt.NDArray[np.float32]) -> list[int]:
+    """The token with the largest logit of every row, the smallest id of equals.
+
+    Raises:
+        NonFiniteLogitsError: A row holds NaN or +inf, or nothing but -inf.
+    """
+    best = logits.argmax(axis=1)  # the first of equals is the smallest id; a NaN counts as the largest
+    largest = logits[np.arange(len(logits)), best]
+    if not np.isfinite(largest).all():
+        raise NonFiniteLogitsError(f"the largest of the model's logits is {largest[~np.isfinite(largest)][0]}")
+    tokens: list[int] = best.tolist()
     return tokens
 
 

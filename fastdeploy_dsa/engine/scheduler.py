@@ -2,7 +2,7 @@
 
 A step holds, in this order,
 
-    decode rows      one token of every running request that has only its newest token left to compute
+    decode rows      of every running request that has only its newest token left to compute: that, and its drafts
     prefill chunks   of running requests with more left, oldest first, as far as the budget goes
     admissions       waiting requests, oldest first, with their first chunk
 
@@ -32,7 +32,6 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,47 +46,8 @@ from cache_manager import (
     WrongState,
 )
 from fastdeploy_dsa.engine.request import Request, SlotLine
+from fastdeploy_dsa.engine.step_plan import Chunk, SchedulerLimits
 from fastdeploy_dsa.engine.swap_cost import SwapCost
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """Limits of a step and of a request.
-
-    Attributes:
-        max_num_batched_tokens: Rows of a step; at least max_num_seqs, so that a prefill gets on beside decode rows.
-        max_num_seqs: Requests that run at a time.
-        max_model_len: Tokens of a request.
-        block_size: Tokens of a block.
-    """
-
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    max_model_len: int
-    block_size: int
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens: expected max_num_seqs ({self.max_num_seqs}) or more, "
-                f"got {self.max_num_batched_tokens}"
-            )
-
-    def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens."""
-        return -(-num_tokens // self.block_size)
-
-
-class Chunk(NamedTuple):
-    """The next num_tokens tokens of a request."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the step computes all known tokens, so that a new one follows."""
-        return self.request.num_computed + self.num_tokens == self.request.num_tokens
 
 
 @dataclass
@@ -180,12 +140,22 @@ class Scheduler:
         return chunks
 
     def commit(self, chunks: list[Chunk]) -> None:
-        """The chunks of `schedule` are computed."""
-        for request, num_tokens in chunks:
+        """The chunks of `schedule` are computed, and the requests have got their new tokens; drop rejected drafts."""
+        for chunk in chunks:
+            request = chunk.request
             assert request.table is not None, "a scheduled request has a table"
-            changed = self._cache.commit(request.table, request.tokens[: request.num_computed + num_tokens])
+            self.counts.num_computed_tokens += chunk.num_confirmed
+            num_computed = request.num_computed + chunk.num_confirmed
+            changed = self._cache.commit(
+                request.table,
+                request.known_tokens,
+                num_computed=num_computed,
+                num_complete=num_computed - request.num_undrafted,
+            )
             self._write_line(request, changed)
-            self.counts.num_computed_tokens += num_tokens
+            if chunk.is_last and len(request.blocks) > self._limits.num_blocks(num_computed):
+                self._cache.truncate(request.table, num_computed)
+                self.block_table[request.line, len(request.blocks) :] = -1
 
     def recover(self) -> bool:
         """Take back what running requests were to get from loads that have failed; they compute it instead.
@@ -237,17 +207,30 @@ class Scheduler:
             assert ages == sorted(ages), "requests are out of order"
 
     def _choose(self) -> list[Chunk]:
-        chunks = [Chunk(request, 1) for request in self._decode_requests()]
-        budget = self._limits.max_num_batched_tokens - len(chunks)
+        chunks = [Chunk(request, 1, len(request.drafts), is_last=True) for request in self._decode_requests()]
+        budget = self._limits.max_num_batched_tokens - sum(chunk.num_rows for chunk in chunks)
         for request in self._running:
-            left = request.num_tokens - request.num_computed
-            if left > 1 and budget > 0:
-                chunks.append(Chunk(request, min(left, budget)))
-                budget -= chunks[-1].num_tokens
+            if request.num_tokens - request.num_computed > 1:
+                budget = self._append(chunks, request, budget)
         while budget > 0 and self._can_admit() and (admitted := self._admit()) is not None:
-            chunks.append(Chunk(admitted, min(admitted.num_tokens - admitted.num_computed, budget)))
-            budget -= chunks[-1].num_tokens
+            budget = self._append(chunks, admitted, budget)
         return chunks
+
+    @staticmethod
+    def _append(chunks: list[Chunk], request: Request, budget: int) -> int:
+        """Schedule as much of a request as the budget allows; its newest token only with all its drafts.
+
+        Returns:
+            What is left of the budget.
+        """
+        num_left, num_drafts = request.num_tokens - request.num_computed, len(request.drafts)
+        if num_left + num_drafts <= budget:
+            chunks.append(Chunk(request, num_left, num_drafts, is_last=True))
+        elif (num_tokens := min(num_left - 1, budget)) > 0:
+            chunks.append(Chunk(request, num_tokens, 0, is_last=False))
+        else:
+            return budget
+        return budget - chunks[-1].num_rows
 
     def _waits_for_copies(self, chunks: list[Chunk]) -> bool:
         """Whether nothing could be chosen because of blocks that loads of requests that are gone still hold."""
@@ -266,11 +249,11 @@ class Scheduler:
         return ready
 
     def _grow(self, request: Request) -> bool:
-        """Make room for one more token; False if the request itself had to give way, or its load has just failed."""
+        """Make room for the newest token and drafts; False if the request gave way, or its load has just failed."""
         assert request.table is not None, "a running request has a table"
         while True:
             try:
-                changed = self._cache.extend(request.table, request.num_tokens)
+                changed = self._cache.extend(request.table, self._limits.num_tokens_to_hold(request))
             except OutOfBlocks:
                 youngest = self._running.pop()
                 self._preempt(youngest)
@@ -309,18 +292,19 @@ class Scheduler:
         return True
 
     def _can_admit(self) -> bool:
-        """An available block is left for every running request: one that gives way at once only wastes its work."""
+        """Blocks are left for the next step of running requests: one that gives way at once only wastes its work."""
         if not self._waiting or not self._free_lines:
             return False
         request = self._waiting[0]
+        num_tokens = self._limits.num_tokens_to_hold(request)
         if request.table is not None:
-            needed = self._limits.num_blocks(request.num_tokens)
+            needed = self._limits.num_blocks(num_tokens)
         else:
-            match = self._cache.match(request.known_tokens)
+            match = self._cache.match(request.known_tokens, num_tokens=num_tokens)
             if self._is_being_computed(request, match.num_tokens):
                 return False
             needed = match.num_blocks_needed
-        return needed + len(self._running) <= self._cache.num_available
+        return needed + self._limits.num_growth_blocks * len(self._running) <= self._cache.num_available
 
     def _is_being_computed(self, request: Request, num_hits: int) -> bool:
         """Whether a running request's prefill will soon let this one skip more tokens than now."""
@@ -344,7 +328,7 @@ class Scheduler:
             if request.table is None:
                 request.table = self._open(request)
             else:
-                self._cache.swap_in(request.table, num_tokens=request.num_tokens)
+                self._cache.swap_in(request.table, num_tokens=self._limits.num_tokens_to_hold(request))
         except OutOfBlocks:
             return None
         self._waiting.popleft()
@@ -354,13 +338,13 @@ class Scheduler:
         return request
 
     def _open(self, request: Request) -> BlockTable:
-        tokens = request.known_tokens
+        tokens, num_tokens = request.known_tokens, self._limits.num_tokens_to_hold(request)
         try:
-            return self._cache.open(tokens)
+            return self._cache.open(tokens, num_tokens=num_tokens)
         except TransferFailed:
             # Only the last block of a prompt that is cached as a whole is copied; without it there is nothing to copy.
             last = (len(tokens) - 1) // self._limits.block_size * self._limits.block_size
-            return self._cache.open(tokens[: last + 1], num_tokens=len(tokens))
+            return self._cache.open(tokens[: last + 1], num_tokens=num_tokens)
 
     def _write_line(self, request: Request, first: int) -> None:
         """Take over the table's blocks from index first on."""
@@ -377,7 +361,7 @@ class Scheduler:
     def _close(self, request: Request) -> None:
         if request.table is not None:
             self._cache.close(request.table)
-            request.table = None
+            request.drop_table()
 
 
 def _age(request: Request) -> int:

@@ -80,7 +80,7 @@ class _Tracer:
             block_table=self._block_table,
             logits_rows=np.arange(count),
         )
-        logits = self._runner.run(inputs, on_selection=self._collect)
+        logits = self._runner.run(inputs, on_selection=self._collect).logits
         finite = np.isfinite(logits).all(axis=1)
         if not finite.all():
             position = self._num_fed + int(finite.argmin())

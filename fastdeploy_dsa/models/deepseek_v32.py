@@ -11,10 +11,9 @@ from fastdeploy_dsa.attention.backend import KVCaches
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.config import DsaConfig
 from fastdeploy_dsa.indexer import Indexer
-from fastdeploy_dsa.layers import MLP, MoE, Weights, linear, rms_norm
+from fastdeploy_dsa.layers import MLP, MoE, Weights, linear, output_logits, rms_norm
 from fastdeploy_dsa.ops import IndexSelection
 from fastdeploy_dsa.rotary import RotaryTable, Rotation, rotate_interleaved
-from fastdeploy_dsa.row_invariance import ROW_MULTIPLE
 from fastdeploy_dsa.step import StepMetadata
 
 SelectionObserver = Callable[[int, IndexSelection], None]
@@ -23,7 +22,7 @@ SelectionObserver = Callable[[int, IndexSelection], None]
 class DeepseekV32Attention:
     """Latent attention in its absorbed form over the selected tokens (rules S4 to S12, S87)."""
 
-    def __init__(self, weights: Weights, config: DsaConfig, layer_id: int, owns_indexer: bool) -> None:
+    def __init__(self, weights: Weights, config: DsaConfig, layer_id: int) -> None:
         """Take the projections, and the indexer's where the layer owns one, from weights."""
         self._config = config
         self._layer_id = layer_id
@@ -37,7 +36,7 @@ class DeepseekV32Attention:
         kv_b = weights["kv_b_proj.weight"].reshape(heads)
         self._w_uk = kv_b[:, : config.qk_nope_head_dim].contiguous()  # [heads, nope, kv_lora_rank]
         self._w_uv = kv_b[:, config.qk_nope_head_dim :].transpose([0, 2, 1]).contiguous()  # [heads, kv_lora_rank, v]
-        self.indexer = Indexer(weights.below("indexer"), config) if owns_indexer else None
+        self.indexer = Indexer(weights.below("indexer"), config) if config.owns_indexer(layer_id) else None
 
     def __call__(
         self,
@@ -49,7 +48,7 @@ class DeepseekV32Attention:
         caches: KVCaches,
         selection: IndexSelection | None,
     ) -> tuple[Tensor, IndexSelection]:
-        """Attend over the layer's own selection, or over the given one if the layer owns no indexer.
+        """Attend over the given selection, or over the layer's own if none is given; index keys are written anyway.
 
         Args:
             x: [num_rows, hidden_size] float32.
@@ -57,17 +56,19 @@ class DeepseekV32Attention:
             step: The rows.
             attn_backend: Owner of the cache layout.
             caches: Cache tensors by (role, layer id).
-            selection: Of the nearest full layer below; None for a layer with an indexer.
+            selection: Of the nearest full layer below, or of an earlier iteration of a draft layer; None: the layer's
+                indexer selects.
 
         Returns:
             [num_rows, hidden_size] and the selection used.
         """
         q_c = rms_norm(linear(x, self._q_a), self._q_a_norm, self._config.rms_norm_eps)
         if self.indexer is not None:
-            index_cache = caches["indexer", self._layer_id]
-            selection = self.indexer(
-                x, q_c, rotation=rotation, step=step, index_cache=index_cache, cpu=attn_backend.cpu
-            )
+            cache, cpu = caches["indexer", self._layer_id], attn_backend.cpu
+            if selection is None:
+                selection = self.indexer(x, q_c, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
+            else:
+                self.indexer.write_keys(x, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
         if selection is None:
             raise ValueError(f"selection: layer {self._layer_id} owns no indexer and got no selection")
         attended = attn_backend.forward(
@@ -79,6 +80,22 @@ class DeepseekV32Attention:
             selection=selection,
         )
         return self.output(attended), selection
+
+    def write_entries(
+        self,
+        x: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+    ) -> None:
+        """What a call writes to the caches, without its result. Args as of a call."""
+        if self.indexer is not None:
+            cache, cpu = caches["indexer", self._layer_id], attn_backend.cpu
+            self.indexer.write_keys(x, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
+        entries = self._entries(x, rotation)
+        attn_backend.write_entries(entries, layer_id=self._layer_id, step=step, caches=caches)
 
     def output(self, attended: Tensor) -> Tensor:
         """Latent results [num_rows, heads, kv_lora_rank] to values and through the output projection."""
@@ -100,7 +117,7 @@ class DeepseekV32Attention:
         return latent, rotate_interleaved(kv[:, rank:], rotation)
 
     @staticmethod
-    def shapes(config: DsaConfig, owns_indexer: bool) -> dict[str, tuple[int, ...]]:
+    def shapes(config: DsaConfig, layer_id: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights."""
         heads = config.num_attention_heads
         shapes = {
@@ -112,7 +129,7 @@ class DeepseekV32Attention:
             "kv_b_proj.weight": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
             "o_proj.weight": (config.hidden_size, heads * config.v_head_dim),
         }
-        if owns_indexer:
+        if config.owns_indexer(layer_id):
             shapes |= {f"indexer.{name}": shape for name, shape in Indexer.shapes(config).items()}
         return shapes
 
@@ -122,12 +139,11 @@ class DecoderLayer:
 
     def __init__(self, weights: Weights, config: DsaConfig, layer_id: int) -> None:
         """Take the layer's weights."""
-        owns_indexer = config.index_schedule.is_full(layer_id)
         self._eps = config.rms_norm_eps
         self._input_norm = weights["input_layernorm.weight"]
         self._post_norm = weights["post_attention_layernorm.weight"]
-        self.attention = DeepseekV32Attention(weights.below("self_attn"), config, layer_id, owns_indexer)
-        is_dense = config.mlp_layer_types[layer_id] == "dense"
+        self.attention = DeepseekV32Attention(weights.below("self_attn"), config, layer_id)
+        is_dense = config.mlp_type(layer_id) == "dense"
         self._mlp = MLP(weights.below("mlp")) if is_dense else MoE(weights.below("mlp"), config)
 
     def __call__(
@@ -152,11 +168,24 @@ class DecoderLayer:
         hidden = hidden + attended
         return hidden + self._mlp(rms_norm(hidden, self._post_norm, self._eps)), selection
 
+    def write_entries(
+        self,
+        hidden: Tensor,
+        *,
+        rotation: Rotation,
+        step: StepMetadata,
+        attn_backend: DSAAttentionBackend,
+        caches: KVCaches,
+    ) -> None:
+        """As DeepseekV32Attention.write_entries."""
+        normed = rms_norm(hidden, self._input_norm, self._eps)
+        self.attention.write_entries(normed, rotation=rotation, step=step, attn_backend=attn_backend, caches=caches)
+
     @staticmethod
     def shapes(config: DsaConfig, layer_id: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights."""
-        attention = DeepseekV32Attention.shapes(config, config.index_schedule.is_full(layer_id))
-        is_dense = config.mlp_layer_types[layer_id] == "dense"
+        attention = DeepseekV32Attention.shapes(config, layer_id)
+        is_dense = config.mlp_type(layer_id) == "dense"
         mlp = MLP.shapes(config.hidden_size, config.intermediate_size) if is_dense else MoE.shapes(config)
         return {
             "input_layernorm.weight": (config.hidden_size,),
@@ -220,10 +249,16 @@ class DeepseekV32ForCausalLM:
         for layer_id, layer in enumerate(self.layers):
             if before_layer is not None:
                 before_layer(layer_id)
+            is_full = layer.attention.indexer is not None
             hidden, selection = layer(
-                hidden, rotation=rotation, step=step, attn_backend=attn_backend, caches=caches, selection=selection
+                hidden,
+                rotation=rotation,
+                step=step,
+                attn_backend=attn_backend,
+                caches=caches,
+                selection=None if is_full else selection,
             )
-            if on_selection is not None and layer.attention.indexer is not None:
+            if on_selection is not None and is_full:
                 on_selection(layer_id, IndexSelection(*(rows[: step.num_tokens] for rows in selection)))
         return rms_norm(hidden, self._norm, self.config.rms_norm_eps)[: step.num_tokens]
 
@@ -236,11 +271,7 @@ class DeepseekV32ForCausalLM:
         Returns:
             [R, vocab_size] float32; a row does not depend on the others.
         """
-        rows = hidden.shape[0]
-        fill = -rows % ROW_MULTIPLE
-        if fill:
-            hidden = paddle.concat([hidden, paddle.zeros([fill, hidden.shape[1]], dtype=hidden.dtype)])
-        return linear(hidden, self._lm_head)[:rows]
+        return output_logits(hidden, self._lm_head)
 
 
 def weight_shapes(config: DsaConfig) -> dict[str, tuple[int, ...]]:

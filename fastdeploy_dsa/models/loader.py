@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import paddle
+from paddle import Tensor
 
 from fastdeploy_dsa.config import DsaConfig
 from fastdeploy_dsa.models.checkpoint import load_weights
 from fastdeploy_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM, weight_shapes
+from fastdeploy_dsa.models.mtp import MtpModel, mtp_weight_shapes, optional_mtp_weight_shapes
 from fastdeploy_dsa.row_invariance import use_one_math_thread
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -36,9 +38,47 @@ def load_model(
             the message names the file or the tensor.
     """
     config = config or DsaConfig.from_pretrained(folder)
+    tensors = _load_tensors(folder, config, shapes=weight_shapes(config), optional={}, on_tensor=on_tensor)
+    return DeepseekV32ForCausalLM(config, tensors)
+
+
+def load_model_with_mtp(
+    folder: str | Path,
+    *,
+    config: DsaConfig | None = None,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> tuple[DeepseekV32ForCausalLM, tuple[MtpModel, ...]]:
+    """As load_model, with the checkpoint's draft models, which share what tensors they can.
+
+    Raises:
+        ValueError: As load_model, and if the checkpoint has no MTP layer.
+    """
+    config = config or DsaConfig.from_pretrained(folder)
+    if config.num_nextn_predict_layers == 0:
+        raise ValueError(f"num_nextn_predict_layers: expected 1 or more, the layers that draft, got 0 in {folder}")
+    tensors = _load_tensors(
+        folder,
+        config,
+        shapes=weight_shapes(config) | mtp_weight_shapes(config),
+        optional=optional_mtp_weight_shapes(config),
+        on_tensor=on_tensor,
+    )
+    drafts = tuple(MtpModel(config, tensors, index) for index in range(config.num_nextn_predict_layers))
+    return DeepseekV32ForCausalLM(config, tensors), drafts
+
+
+def _load_tensors(
+    folder: str | Path,
+    config: DsaConfig,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    on_tensor: Callable[[int, int], None] | None,
+) -> dict[str, Tensor]:
     arrays = load_weights(
         folder,
-        shapes=weight_shapes(config),
+        shapes=shapes,
+        optional=optional,
         leftover_reason=lambda name: _leftover_reason(name, config),
         weight_block_size=config.weight_block_size,
         on_tensor=on_tensor,
@@ -47,7 +87,7 @@ def load_model(
     tensors = {}
     for name in list(arrays):  # an array dies as its tensor is made: two copies of a checkpoint may not fit
         tensors[name] = paddle.to_tensor(arrays.pop(name))
-    return DeepseekV32ForCausalLM(config, tensors)
+    return tensors
 
 
 def _leftover_reason(name: str, config: DsaConfig) -> str | None:

@@ -154,6 +154,7 @@ class Cache:
     ):
         config = CacheConfig(num_layers=NUM_LAYERS, transfer_timeout=5.0)
         is_prefix_cached = bool(options.pop("is_prefix_cached", True))
+        num_lookahead_tokens = int(options.pop("num_lookahead_tokens", 0))  # type: ignore[call-overload]
         self.allocator = options.pop("allocator", None) or CountingAllocator()
         self.copier = FaultyCopier()
         self.controller = CacheController(
@@ -165,7 +166,11 @@ class Cache:
         self.controller.initialize_mtp_kv_cache(Backend(shape), num_blocks, NUM_DRAFT_LAYERS, NUM_LAYERS)
         self.controller.initialize_host_cache()
         self.manager = CacheManager(
-            self.controller, num_blocks=num_blocks, block_size=block_size, is_prefix_cached=is_prefix_cached
+            self.controller,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            is_prefix_cached=is_prefix_cached,
+            num_lookahead_tokens=num_lookahead_tokens,
         )
         self.block_size = block_size
         self.keys = list(self.controller.caches)

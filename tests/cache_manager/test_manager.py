@@ -123,6 +123,51 @@ def test_rejected_drafts_are_neither_cached_nor_kept(cache: Cache) -> None:
     check(cache, table=(table, [*PROMPT, 5, 6, 7]))
 
 
+def test_a_block_that_depends_on_the_next_token_is_found_only_where_that_token_follows() -> None:
+    cache = Cache(num_lookahead_tokens=1)
+    table = cache.start(PROMPT)
+    hits = {n: cache.manager.match([*PROMPT[:n], 99]).num_tokens for n in (4, 5, 8, 9, 10)}
+    assert hits == {4: 0, 5: 4, 8: 4, 9: 8, 10: 8}
+    assert cache.manager.match(PROMPT[:8]).num_tokens == 4, "one block less than without: the token behind is unknown"
+    cache.manager.commit(table, [*PROMPT, 5, 6], num_computed=10)
+    cache.manager.extend(table, 12)
+    cache.write(table, [*PROMPT, 5, 6], 10, 12)
+    cache.manager.commit(table, [*PROMPT, 5, 6])
+    assert len(table.path) == 2, "the third block is full, but nothing follows yet"
+    cache.manager.commit(table, [*PROMPT, 5, 6, 7], num_computed=12)
+    assert len(table.path) == 3
+    cache.manager.check_integrity()
+
+
+def test_blocks_with_equal_tokens_and_another_next_token_stay_apart() -> None:
+    cache = Cache(num_lookahead_tokens=1)
+    first, second = cache.manager.open(PROMPT[:9]), cache.manager.open([*PROMPT[:8], 99])
+    cache.run(first, PROMPT[:9])
+    cache.run(second, [*PROMPT[:8], 99])
+    assert second.blocks[0] == first.blocks[0]
+    assert second.blocks[1] != first.blocks[1]
+    cache.manager.check_integrity()
+
+
+def test_blocks_beyond_what_is_complete_are_cached_later(cache: Cache) -> None:
+    table = cache.manager.open(PROMPT)
+    cache.write(table, PROMPT, 0, 10)
+    cache.manager.commit(table, PROMPT, num_complete=7)
+    assert (len(table.path), table.num_computed) == (1, 10)
+    assert cache.manager.match(PROMPT).num_tokens == 4
+    cache.manager.commit(table, PROMPT)
+    assert len(table.path) == 2
+    check(cache, table=(table, PROMPT))
+
+
+@pytest.mark.parametrize("num_computed", [3, 11])
+def test_computed_tokens_are_known_ones_and_grow(cache: Cache, num_computed: int) -> None:
+    table = cache.start(PROMPT[:4])
+    with pytest.raises(ValueError, match=f"num_computed: expected 4 .. 4 of 10 tokens, got {num_computed}"):
+        cache.manager.commit(table, PROMPT, num_computed=num_computed)
+    check(cache, table=(table, PROMPT[:4]))
+
+
 def test_rollback_never_gives_back_a_cached_block(cache: Cache) -> None:
     table = cache.start(PROMPT)
     cache.manager.truncate(table, 8)
@@ -226,8 +271,11 @@ def test_wrong_numbers_of_tokens_are_refused() -> None:
         (lambda: cache.manager.open([1.5]), "tokens: expected one row of integers"),
         (lambda: cache.manager.extend(table, 9), "num_tokens: expected 10 or more, got 9"),
         (lambda: cache.manager.extend(table, -1), "num_tokens: expected 10 or more, got -1"),
-        (lambda: cache.manager.commit(table, PROMPT[:9]), "tokens: expected 10 .. 12 tokens, got 9"),
-        (lambda: cache.manager.commit(table, [*PROMPT, 1, 2, 3]), "tokens: expected 10 .. 12 tokens, got 13"),
+        (lambda: cache.manager.commit(table, PROMPT[:9]), "num_computed: expected 10 .. 12 of 9 tokens, got 9"),
+        (
+            lambda: cache.manager.commit(table, [*PROMPT, 1, 2, 3]),
+            "num_computed: expected 10 .. 12 of 13 tokens, got 13",
+        ),
         (lambda: cache.manager.resize(11), "num_blocks: expected 1 .. 10, got 11"),
         (lambda: CacheManager(cache.controller, num_blocks=0, block_size=4), "num_blocks: expected 1 .. 10, got 0"),
         (lambda: CacheManager(cache.controller, num_blocks=1, block_size=0), "block_size: expected 1 or more, got 0"),

@@ -21,18 +21,12 @@ from cache_manager import (
 from fastdeploy_dsa.engine.core import EngineCore
 from fastdeploy_dsa.engine.detokenizer import Detokenizer
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.runner import StepInputs, StepOutputs
 from fastdeploy_dsa.engine.sampling_params import SamplingParams
-from fastdeploy_dsa.engine.scheduler import SchedulerLimits
-
-VOCAB_SIZE = 50
-NUM_LAYERS = 2
-
-
-def next_logits(tokens: np.ndarray) -> np.ndarray:
-    """Random logits that depend on every token before."""
-    seed = np.concatenate([[len(tokens)], tokens]).tolist()
-    return np.random.default_rng(seed).standard_normal(VOCAB_SIZE).astype(np.float32)
+from fastdeploy_dsa.engine.speculative.config import SpeculativeConfig
+from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
+from tests.engine.draft_fakes import NUM_LAYERS, VOCAB_SIZE, CacheDrafter, Drafting, next_logits
 
 
 def greedy_continuation(prompt: Sequence[int], count: int) -> list[int]:
@@ -108,20 +102,22 @@ class CacheModel:
         self._caches = caches
         self.steps: list[StepInputs] = []
 
-    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> np.ndarray:
+    def run(self, inputs: StepInputs, *, before_layer: Callable[[int], None] | None = None) -> StepOutputs:
         blocks = inputs.block_table[inputs.request_ids, inputs.positions // self._block_size]
         assert (blocks >= 0).all(), "a token has no block"
         slots = blocks.astype(np.int64) * self._block_size + inputs.positions % self._block_size
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         rows = [np.empty((0, VOCAB_SIZE), np.float32)]
         for (_, layer), cache in self._caches.items():
+            if layer >= NUM_LAYERS:
+                continue  # the draft model's
             if before_layer is not None:
                 before_layer(layer)
             cache.reshape(-1)[slots] = inputs.token_ids
             rows.append(np.array([self._row(cache, inputs, row) for row in inputs.logits_rows]))
         assert all(np.array_equal(row, rows[1]) for row in rows[2:]), "layers have other tokens in their caches"
         self.steps.append(inputs)
-        return rows[1].reshape(-1, VOCAB_SIZE)
+        return StepOutputs(rows[1].reshape(-1, VOCAB_SIZE), inputs)
 
     @staticmethod
     def _row(cache: npt.NDArray[np.int64], inputs: StepInputs, row: int) -> np.ndarray:
@@ -142,20 +138,36 @@ def make_core(
     num_host_blocks: int = 0,
     copier: NumpyCopier | None = None,
     transfer_timeout: float = 20.0,
+    drafting: Drafting | None = None,
 ) -> tuple[EngineCore, CacheModel]:
+    """An engine over a CacheModel; with drafting, over a CacheDrafter as well."""
     controller = CacheController(
         CacheConfig(num_layers=NUM_LAYERS, num_host_blocks=num_host_blocks, transfer_timeout=transfer_timeout),
         copier=copier or NumpyCopier(),
     )
     controller.initialize_kv_cache(TokenCache(block_size), num_blocks)
+    if drafting is not None:
+        controller.initialize_mtp_kv_cache(TokenCache(block_size), num_blocks, 1, NUM_LAYERS)
     controller.initialize_host_cache()
-    cache = CacheManager(controller, num_blocks=num_blocks, block_size=block_size, is_prefix_cached=is_prefix_cached)
+    cache = CacheManager(
+        controller,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        is_prefix_cached=is_prefix_cached,
+        num_lookahead_tokens=0 if drafting is None else 1,
+    )
+    proposer = None
+    if drafting is not None:
+        drafter = CacheDrafter(controller.caches, block_size, drafting.drafts)
+        config = SpeculativeConfig("mtp", drafting.num_speculative_tokens, adaptive=drafting.adaptive)
+        proposer = Proposer(drafter, config, block_size=block_size)
     model = CacheModel(controller.caches, block_size)
     limits = SchedulerLimits(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         block_size=block_size,
+        num_speculative_tokens=0 if drafting is None else drafting.num_speculative_tokens,
     )
     core = EngineCore(
         runner=model,
@@ -163,6 +175,7 @@ def make_core(
         limits=limits,
         eos_token_ids=eos_token_ids,
         bytes_per_block=controller.bytes_per_block,
+        proposer=proposer,
         checks_integrity=True,
     )
     return core, model
@@ -174,6 +187,7 @@ def make_request(
     *,
     params: SamplingParams | None = None,
     detokenizer: Detokenizer | None = None,
+    random_key: tuple[int, int] = (0, 0),
 ) -> Request:
     return Request(
         request_id="0",
@@ -182,7 +196,7 @@ def make_request(
         prompt_token_ids=prompt,
         params=params or SamplingParams(temperature=0.0),
         max_tokens=max_tokens,
-        random_key=(0, 0),
+        random_key=random_key,
         detokenizer=detokenizer,
     )
 

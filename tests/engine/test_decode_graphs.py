@@ -202,7 +202,7 @@ def test_the_runner_waits_for_every_layer_before_a_captured_step(model: Model) -
     waited: list[int] = []
     for seed in (1, 2):
         inputs = decode_step(np.random.default_rng(seed), 3)
-        logits = runner.run(inputs, before_layer=waited.append)
+        logits = runner.run(inputs, before_layer=waited.append).logits
         assert np.array_equal(logits, eager(inputs))
     assert waited == [0, 1, 0, 1]
     assert model.num_calls == 2

@@ -54,6 +54,33 @@ def test_preemption_changes_nothing() -> None:
     assert [(output.token_ids, output.text) for output in outputs] == reference("fp8")
 
 
+@pytest.mark.parametrize("cache_dtype", CACHE_FORMATS)
+@pytest.mark.parametrize(
+    ("num_drafts", "options"),
+    [
+        (1, {}),
+        (2, {"max_num_batched_tokens": 9, "max_num_seqs": 2}),
+        (3, {"block_size": 16}),
+        (3, {"block_size": 4, "num_blocks": 148}),
+        (4, {"hf_overrides": {"index_share_for_mtp_iteration": True}}),
+        (3, {"block_size": 4, "num_blocks": 148, "swap_space": "64MiB"}),
+    ],
+    ids=str,
+)
+def test_drafts_of_the_shipped_layer_change_no_token_and_are_mostly_right(
+    cache_dtype: str, num_drafts: int, options: dict[str, Any]
+) -> None:
+    config = {"method": "mtp", "num_speculative_tokens": num_drafts}
+    given = {"num_threads": 1, "cache_memory": "128MiB", "cache_dtype": cache_dtype, "speculative_config": config}
+    llm = LLM(DEMO_MODEL, **(given | options))
+    outputs = llm.generate(PROMPTS, GREEDY)
+    assert [(output.token_ids, output.text) for output in outputs] == reference(cache_dtype)
+    stats = llm.speculative_stats()
+    assert stats.tokens_per_round > 1.0 + 0.5 * min(num_drafts, 2)
+    assert stats.acceptance_by_position[0] > 0.6
+    assert (sum(output.num_preemptions for output in outputs) > 0) == ("num_blocks" in options)
+
+
 def test_the_long_prompt_is_over_five_times_what_a_row_selects() -> None:
     llm = LLM(DEMO_MODEL, num_threads=1, cache_memory="128MiB")
     output = llm.generate(PROMPTS[1], SamplingParams(max_tokens=1))[0]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastdeploy_dsa.engine.core import EngineCore
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.scheduler import SchedulerLimits
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from tests.engine.fakes import finish, greedy_continuation, make_core, make_request
 
 ARRIVALS = st.lists(

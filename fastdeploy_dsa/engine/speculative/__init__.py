@@ -1,0 +1,1 @@
+"""Speculative decoding: a draft model proposes tokens, the target computes them in one step and keeps what fits."""
