@@ -37,7 +37,7 @@ int64_t score_width(const dsa_index_select_params& p) {
 
 bool needs_scores(const dsa_index_select_params& p) { return score_width(p) > p.topk; }
 
-/* Scoring the short ones of a few rows takes less than the launch that would leave them out; nobody reads the scores. */
+/* Scoring the short ones of a few rows takes less than a launch to leave them out; nobody reads those scores. */
 constexpr int64_t kFewScores = 1 << 15;
 
 bool leaves_out_short_rows(const dsa_index_select_params& p, int64_t num_rows) {

@@ -1,8 +1,8 @@
 /* Index scores for any format, number of heads and width: float32 multiply-adds on key tiles in shared memory.
  *
- * One block scores kTileKeys keys for one row at a time. Order of the sums, for one (row, key) pair: a head's products in
- * the order of its dims; kTileHeads / kThreadHeads threads add kThreadHeads heads each, thread 0 adds the threads in
- * order, and the head tiles one after the other.
+ * One block scores kTileKeys keys for one row at a time. Order of the sums, for one (row, key) pair: a head's products
+ * in the order of its dims; kHeadThreads threads add kThreadHeads heads each, their sums are added in order, and so are
+ * the head tiles.
  */
 #ifndef DSA_GPU_INDEXER_LOGITS_GENERIC_CUH_
 #define DSA_GPU_INDEXER_LOGITS_GENERIC_CUH_
@@ -46,10 +46,17 @@ __device__ __forceinline__ constexpr int number_bytes() {
     return kFormat == DSA_FP8 ? 1 : kFormat == DSA_BFLOAT16 ? 2 : 4;
 }
 
+/* A NaN stays, as in the definition. */
+__device__ __forceinline__ float relu(float x) {
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* Threads below kTileKeys: where the tile's keys are. */
 template <dsa_format kFormat>
-__device__ __forceinline__ void find_key(const IndexerLogitsArguments& a, GenericShared& shared, int32_t row, int64_t key,
-                                         int32_t length) {
+__device__ __forceinline__ void find_key(const IndexerLogitsArguments& a, GenericShared& shared, int32_t row,
+                                         int64_t key, int32_t length) {
     const int32_t request = a.request_ids[row];
     const uint8_t* address = nullptr;
     float scale = 1.0f;

@@ -46,16 +46,9 @@ __device__ __forceinline__ bool is_request(const IndexerLogitsArguments& a, int3
 __device__ __forceinline__ bool is_block(const IndexerLogitsArguments& a, int32_t block) {
     return (uint32_t)block < (uint32_t)a.num_blocks;
 }
-
-/* A NaN stays, as in the definition. */
-__device__ __forceinline__ float relu(float x) {
-    float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-    return y;
-}
 #endif
 
-/* (ok, reason) in one: null when the sm_90 kernels take these params, else why not. */
+/* Null when the sm_90 kernels take these params, else why not. */
 const char* indexer_logits_sm90_refusal(const dsa_indexer_logits_params& p);
 dsa_status indexer_logits_sm90(const dsa_indexer_logits_params& p, const IndexerLogitsArguments& a,
                                const Device& device, cudaStream_t stream);

@@ -4,20 +4,22 @@ namespace dsa {
 namespace gpu {
 namespace {
 
-/* How a CTA shares its work: kWarpgroups warpgroups multiply, one more warp copies what they need. A warpgroup multiplies
- * a tile of keys by kRows rows of queries at once. */
-template <int kHeadsPadded, int kWarpgroupCount, int kRowsOfWarpgroup, int kStageCount, int kBufferCount, int kBlockCount>
+/* How a CTA shares its work: kWarpgroups warpgroups multiply, one more warp copies what they need. A warpgroup
+ * multiplies a tile of keys by kRows rows of queries at once. */
+template <int kHeadsPadded, int kWarpgroupCount, int kRowsOfWarpgroup, int kStageCount, int kBlockCount, int kCost>
 struct Shape {
     static constexpr int kHeads = kHeadsPadded;
     static constexpr int kWarpgroups = kWarpgroupCount;
     static constexpr int kRows = kRowsOfWarpgroup;
     static constexpr int kGroupRows = kWarpgroups * kRows; /* rows of a group */
-    static constexpr int kStages = kStageCount;
-    static constexpr int kBuffers = kBufferCount; /* of queries */
-    static constexpr int kBlocks = kBlockCount;   /* of a multiprocessor */
+    static constexpr int kStages = kStageCount; /* tiles of keys on their way */
+    static constexpr int kBuffers = 2;          /* of work: the present and the next */
+    static constexpr int kBlocks = kBlockCount; /* of a multiprocessor */
+    static constexpr int kSwitchCost = kCost;
     static constexpr int kReaderWarps = kWarpgroups * 4;
     static constexpr int kThreads = kReaderWarps * 32 + 32;
     using Part = Columns<kRows, kHeads>; /* of one warpgroup */
+    using Share = Walk<kGroupRows, kSwitchCost>;
 };
 
 /* What the warpgroups do next. */
@@ -43,7 +45,7 @@ struct Shared {
     Work<S> works[S::kBuffers];
     RingBarriers<S::kBuffers> work_barriers;
     ScheduleShared<S::kGroupRows> schedule;
-    Walk<S::kGroupRows> walk;
+    typename S::Share walk;
     Segment segment;
     bool is_segment;
 };
@@ -57,8 +59,8 @@ __device__ __forceinline__ uint8_t* aligned_shared(uint8_t* raw) {
     return raw + (1024 - shared_address(raw) % 1024) % 1024;
 }
 
-/* Block ids and queries start on their way to the L2 while the filling warp makes the schedule; every reading thread takes
- * one line of each. */
+/* Block ids and queries start on their way to the L2 while the filling warp makes the schedule; every reading thread
+ * takes one line of each. */
 template <typename S>
 __device__ __forceinline__ void prefetch_inputs(const IndexerLogitsArguments& a) {
     constexpr int64_t kLine = 128;
@@ -76,11 +78,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 /* ---- copies ---- */
 
-/* One warp sends work number n: queries, weights and lengths of `segment`, or the end where there is none. `rows` holds the
- * segment's rows. */
+/* One warp sends work number n: queries, weights and lengths of `segment`, or the end where there is none. `rows` holds
+ * the segment's rows. */
 template <typename S>
-__device__ __forceinline__ void send_work(const IndexerLogitsArguments& a, const CUtensorMap& queries, Shared<S>& shared,
-                                          uint32_t n, bool is_segment, const Segment& segment,
+__device__ __forceinline__ void send_work(const IndexerLogitsArguments& a, const CUtensorMap& queries,
+                                          Shared<S>& shared, uint32_t n, bool is_segment, const Segment& segment,
                                           const RowGroup<S::kGroupRows>& rows) {
     const int lane = threadIdx.x % 32, buffer = n % S::kBuffers;
     const uint32_t barrier = shared.work_barriers.filled(n);
@@ -127,8 +129,8 @@ __device__ __forceinline__ void send_work(const IndexerLogitsArguments& a, const
 
 /* The filling warp: all tiles, and all work but the first, which another warp sends at the same time. */
 template <typename S>
-__device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUtensorMap& cache, const CUtensorMap& queries,
-                                     Shared<S>& shared, Walk<S::kGroupRows> walk) {
+__device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUtensorMap& cache,
+                                     const CUtensorMap& queries, Shared<S>& shared, typename S::Share walk) {
     Segment segment = {};
     bool is_segment = walk.next(a, segment);
     TileIds ids(a, segment, is_segment);
@@ -150,8 +152,8 @@ __device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUte
 
 /* ---- the warpgroups ---- */
 
-/* The rows whose scores a thread stores. With one row, lanes 0 and 1 of a quad store it; with more, lane % 4 / 2 chooses
- * one row of each pair. */
+/* The rows whose scores a thread stores. With one row, lanes 0 and 1 of a quad store it; with more, lane % 4 / 2
+ * chooses one row of each pair. */
 template <typename S>
 struct OwnRows {
     static constexpr int kStep = S::kRows == 1 ? 1 : 2;
@@ -199,14 +201,16 @@ __device__ __forceinline__ void score_tile(const IndexerLogitsArguments& a, Shar
     }
 }
 
-/* The columns that hold u, for the rows of a warpgroup. */
+/* The columns that hold u, for all rows of a warpgroup: those that do not exist cost less than a branch. */
 template <typename S>
-__device__ __forceinline__ void prepare_queries(const float* row_weights, uint8_t* query, int32_t num_rows,
-                                                int32_t warpgroup) {
-#pragma unroll 1
-    for (int row = 0; row < S::kRows && row < num_rows; ++row)
-        fold_heads<S::kHeads>(row_weights + row * S::kHeads, query, row * S::kHeads,
+__device__ __forceinline__ void prepare_queries(const float* row_weights, uint8_t* query, int32_t warpgroup,
+                                                int (&exponents)[S::kRows]) {
+#pragma unroll
+    for (int row = 0; row < S::kRows; ++row) {
+        exponents[row] = piece_exponent<S::kHeads>(row_weights + row * S::kHeads);
+        fold_heads<S::kHeads>(row_weights + row * S::kHeads, exponents[row], query, row * S::kHeads,
                               S::Part::piece(row, threadIdx.x % 4));
+    }
     fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);
 }
@@ -223,9 +227,10 @@ __device__ __forceinline__ void score(const IndexerLogitsArguments& a, Shared<S>
         uint8_t* columns = shared.query[n % S::kBuffers][warpgroup];
         const bool takes_turns = Work<S>::takes_turns(work.num_rows);
         const int32_t first_row = takes_turns ? 0 : warpgroup * S::kRows;
-        prepare_queries<S>(work.weights + first_row * S::kHeads, columns, work.num_rows - first_row, warpgroup);
+        int exponents[S::kRows];
+        prepare_queries<S>(work.weights + first_row * S::kHeads, columns, warpgroup, exponents);
         float weights[S::kRows][S::kHeads / 4 + 1];
-        own_weights<S::kRows, S::kHeads>(work.weights + first_row * S::kHeads, weights);
+        own_weights<S::kRows, S::kHeads>(work.weights + first_row * S::kHeads, exponents, weights);
         OwnRows<S> rows(a, work, first_row);
         uint32_t query = descriptor_low(shared_address(columns));
         asm volatile("" : "+r"(query)); /* or it would be computed anew for every tile */
@@ -268,9 +273,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     if (threadIdx.x == 96) prefetch_map(queries);
     if (!is_filler) prefetch_inputs<S>(a);
     constexpr int kSchedulers = S::kWarpgroups == 1 ? 32 : S::kThreads; /* groups are few where their rows are */
-    Walk<S::kGroupRows> walk = {};
+    typename S::Share walk = {};
     if (is_filler || is_first_sender || kSchedulers > 32)
-        walk = schedule<S::kGroupRows, kSchedulers>(a, shared.schedule);
+        walk = schedule<S::kGroupRows, S::kSwitchCost, kSchedulers>(a, shared.schedule);
     __syncthreads(); /* the barriers are there */
     if (is_filler) {
         fill<S>(a, cache, queries, shared, walk);
@@ -287,8 +292,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 /* ---- launch ---- */
 
-/* Bytes [size_2, size_1, 128], copied in boxes [third, second, 128] with the 128-byte swizzle; zeros arrive for what lies
- * outside the sizes. */
+/* Bytes [size_2, size_1, 128], copied in boxes [third, second, 128] with the 128-byte swizzle; zeros arrive for what
+ * lies outside the sizes. */
 dsa_status describe(const void* array, int64_t size_1, int64_t size_2, int64_t stride_2, int second, int third,
                     CUtensorMap* map) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -304,8 +309,8 @@ dsa_status describe(const void* array, int64_t size_1, int64_t size_2, int64_t s
     const cuuint64_t strides[2] = {kDim, (cuuint64_t)stride_2};
     const cuuint32_t box[3] = {kDim, (cuuint32_t)second, (cuuint32_t)third};
     const cuuint32_t steps[3] = {1, 1, 1};
-    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(array), sizes, strides, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(array), sizes, strides, box,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? DSA_OK : DSA_UNSUPPORTED;
 }
@@ -328,38 +333,20 @@ dsa_status launch(const IndexerLogitsArguments& a, const Device& device, cudaStr
     return launched(stream);
 }
 
-#ifndef V_BLOCKS
-#define V_BLOCKS 4
-#endif
-#ifndef V_STAGES
-#define V_STAGES 4
-#endif
-#ifndef V_WG
-#define V_WG 3
-#endif
-#ifndef V_PSTAGES
-#define V_PSTAGES 8
-#endif
-#ifndef V_BUF
-#define V_BUF 2
-#endif
-#ifndef V_PAIRBLOCKS
-#define V_PAIRBLOCKS 3
-#endif
-
-/* One row a request (decode). Bound: 132 bytes a key read, 4 bytes a score written. Several small CTAs a multiprocessor,
- * so that one's start and sums hide behind another's copies. */
+/* One row a request (decode). Bound: 132 bytes a key read, 4 bytes a score written. Several small CTAs share a
+ * multiprocessor, so that one's start and sums hide behind another's copies. */
 template <int kHeads>
-using SingleRows = Shape<kHeads, 1, 1, V_STAGES, V_BUF, V_BLOCKS>;
+using SingleRows = Shape<kHeads, 1, 1, 3, 4, 0>;
 
 /* Two rows a request (decode with a drafted token): the same bytes. */
 template <int kHeads>
-using RowPairs = Shape<kHeads, 1, 2, V_STAGES, V_BUF, V_PAIRBLOCKS>;
+using RowPairs = Shape<kHeads, 1, 2, 4, 3, 0>;
 
-/* Many rows a request (prefill). Bound: 2 * heads * 128 FLOP a score; a key is read once for kRows rows. One warpgroup
- * multiplies while the others weigh. */
+/* Many rows a request (prefill). Bound: 2 * heads * 128 FLOP a score; a key is read once for kGroupRows rows. One
+ * warpgroup multiplies while the others weigh; a thread's weights and sums for 128 columns leave room for three. A CTA
+ * has the multiprocessor for itself, and nothing hides that it goes to other rows: 2.7 us, 4 tiles. */
 template <int kHeads>
-using ManyRows = Shape<kHeads, kHeads == 64 ? V_WG : 2, 128 / kHeads, V_PSTAGES, 2, 1>;
+using ManyRows = Shape<kHeads, kHeads == 64 ? 3 : 2, 128 / kHeads, 8, 1, 4>;
 
 /* Rows a request from which the groups of ManyRows are mostly full. */
 constexpr int64_t kManyRows = 8;
@@ -384,8 +371,8 @@ const char* indexer_logits_sm90_refusal(const dsa_indexer_logits_params& p) {
         return "blocks are not 16-byte aligned";
     if (p.num_blocks > 1 && p.block_stride_bytes >= kMaxStride) return "block_stride_bytes is 2^40 or more";
     if ((uint64_t)p.query % 16 != 0) return "query is not 16-byte aligned";
-    const int64_t tiles_of_row = (p.logits_width + kTile - 1) / kTile;
-    if (p.num_tokens > 0 && tiles_of_row > INT32_MAX / p.num_tokens) return "the tiles exceed int32";
+    const int64_t costs_of_row = (p.logits_width + kTile - 1) / kTile + ManyRows<64>::kSwitchCost;
+    if (p.num_tokens > 0 && costs_of_row > INT32_MAX / p.num_tokens) return "the tiles exceed int32";
     return nullptr;
 }
 

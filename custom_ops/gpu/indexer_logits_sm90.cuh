@@ -1,15 +1,18 @@
-/* Device parts of the sm_90 index scores over an fp8 cache with index_head_dim 128: schedule, loads, products, sums.
+/* Device parts of the sm_90 index scores over an fp8 cache with index_head_dim 128: schedule, copies, products, sums.
  *
- * A warpgroup multiplies 64 keys (M) by the heads of one or more rows (N), both from shared memory, where 128 bytes of a
- * key or of a head are one row of a 128-byte swizzle.
+ * A warpgroup multiplies 64 keys (M) by the heads of one or more rows (N), both from shared memory, where 128 bytes of
+ * a key or of a head are one row of a 128-byte swizzle.
  *
- * Order of the sums of one score, the same in every kernel: four k-steps of 32 dims, each added by the tensor core; lane
- * c of a quad adds heads 8 j + 2 c and 8 j + 2 c + 1 in order of j; (lane 0 + lane 1) + (lane 2 + lane 3); times the scale.
+ * Order of the sums of one score, the same in every kernel: four k-steps of 32 dims, each added by the tensor core;
+ * lane c of a quad starts with its piece of u . k (see "queries") and adds heads 8 j + 2 c and 8 j + 2 c + 1 in order
+ * of j; (lane 0 + lane 1) + (lane 2 + lane 3); times the scale.
  *
- * Error. A Hopper tensor core aligns the 32 products of a k-step and the accumulator to the largest of them and drops
- * what lies more than 13 bits below it. With A = sum_d |q_d k_d|, which no product and no partial sum exceeds,
- * |dot error| <= 4 steps * 33 terms * 2^-13 * A in the worst case, when every term loses a whole unit; seen are 1.3 * 2^-13 * A
- * at most and 1.3e-4 relative RMS of the scores. The sums over heads are float32: (heads + 3) * 2^-24.
+ * Error. A Hopper tensor core aligns the 32 products of a k-step and the sum so far to the largest of them and drops
+ * what lies more than 13 bits below it. No product and no partial sum exceeds A = sum_d |q_d k_d|, so that
+ *   |error of a dot| <= 4 steps * 33 terms * 2^-13 * A        (all 132 losses whole and of one sign)
+ * and, since sum_d |u_d k_d| <= sum_h |w_h| A_h, |error of a score| <= scale * 132 * 2^-13 * sum_h |w_h| A_h at most.
+ * The losses are spread: seen are 1.2e-4 to 1.9e-4 relative RMS and 1.3 * 2^-13 * A at most for one head. Smaller are
+ * the rest of u behind its pieces, 2^-16 of it, and the float32 sums over heads, (heads + 5) * 2^-24.
  */
 #ifndef DSA_GPU_INDEXER_LOGITS_SM90_CUH_
 #define DSA_GPU_INDEXER_LOGITS_SM90_CUH_
@@ -44,6 +47,13 @@ struct Run {
     int32_t num_tiles; /* of the longest row; 0: no row has a key */
 };
 
+/* In tiles: going to another run takes as long as kSwitchCost tiles. A run is cut like a sequence of kSwitchCost empty
+ * units and its tiles. */
+template <int kSwitchCost>
+__device__ __forceinline__ int32_t cost(const Run& run) {
+    return run.num_tiles == 0 ? 0 : kSwitchCost + run.num_tiles;
+}
+
 template <int kRows>
 struct RowGroup {
     int32_t first_row;
@@ -76,11 +86,13 @@ struct RowGroup {
         return Run{first_row + begin, end - begin, is_request(a, request) ? request : kNoRequest, num_tiles(longest)};
     }
 
-    __device__ __forceinline__ int32_t sum_of_tiles(const IndexerLogitsArguments& a) const {
+    /* The cost of all runs. */
+    template <int kSwitchCost>
+    __device__ __forceinline__ int32_t sum_of_costs(const IndexerLogitsArguments& a) const {
         int32_t sum = 0;
         for (int32_t begin = 0; begin < min(kRows, a.num_tokens - first_row);) {
             const Run next = run(a, begin);
-            sum += next.num_tiles;
+            sum += cost<kSwitchCost>(next);
             begin += next.num_rows;
         }
         return sum;
@@ -94,29 +106,31 @@ struct Segment {
     int32_t last_tile;
 };
 
-/* All tiles of all runs form one sequence; this CTA's share of it is walked segment by segment. */
-template <int kRows>
+/* The units of all runs form one sequence; this CTA's share of it is walked segment by segment. */
+template <int kRows, int kSwitchCost>
 struct Walk {
     RowGroup<kRows> rows;
     int32_t begin;     /* row of the group where the next run begins */
-    int32_t skip;      /* tiles of what follows that belong to other CTAs */
-    int32_t num_tiles; /* still to come */
+    int32_t skip;      /* units of what follows that belong to other CTAs */
+    int32_t num_units; /* still to come */
 
     __device__ __forceinline__ bool next(const IndexerLogitsArguments& a, Segment& segment) {
-        while (num_tiles > 0 && rows.first_row < a.num_tokens) {
-            while (begin < min(kRows, a.num_tokens - rows.first_row)) {
+        while (num_units > 0 && rows.first_row < a.num_tokens) {
+            while (num_units > 0 && begin < min(kRows, a.num_tokens - rows.first_row)) {
                 const Run run = rows.run(a, begin);
                 begin += run.num_rows;
-                if (skip >= run.num_tiles) {
-                    skip -= run.num_tiles;
+                const int32_t units = cost<kSwitchCost>(run);
+                if (skip >= units) {
+                    skip -= units;
                     continue;
                 }
                 segment.run = run;
-                segment.first_tile = skip;
-                segment.last_tile = min(run.num_tiles, skip + num_tiles);
-                num_tiles -= segment.last_tile - segment.first_tile;
+                const int32_t last = min(units, skip + num_units);
+                segment.first_tile = max(skip - kSwitchCost, 0);
+                segment.last_tile = last - kSwitchCost;
+                num_units -= last - skip;
                 skip = 0;
-                return true;
+                if (segment.first_tile < segment.last_tile) return true;
             }
             begin = 0;
             rows.read(a, rows.first_row / kRows + 1);
@@ -132,10 +146,11 @@ struct ScheduleShared {
     int32_t skip;
 };
 
-/* The share of this CTA: equal numbers of tiles, in order. Called by all kThreads threads of the CTA, or by any whole warp
- * for itself (kThreads 32), which is faster while groups are few. */
-template <int kRows, int kThreads>
-__device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a, ScheduleShared<kRows>& shared) {
+/* The share of this CTA: equal numbers of units, in order. Called by all kThreads threads of the CTA, or by any whole
+ * warp for itself (kThreads 32), which is faster while groups are few. */
+template <int kRows, int kSwitchCost, int kThreads>
+__device__ __forceinline__ Walk<kRows, kSwitchCost> schedule(const IndexerLogitsArguments& a,
+                                                             ScheduleShared<kRows>& shared) {
     const int32_t thread = threadIdx.x % kThreads, lane = threadIdx.x % 32, warp = thread / 32;
     const int32_t num_groups = (a.num_tokens + kRows - 1) / kRows;
     const int32_t per_thread = (num_groups + kThreads - 1) / kThreads;
@@ -146,7 +161,7 @@ __device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a,
 #pragma unroll 1
     for (int32_t group = last_group - 1; group >= first_group; --group) { /* ends with the first, where most begin */
         rows.read(a, group);
-        own += rows.sum_of_tiles(a);
+        own += rows.template sum_of_costs<kSwitchCost>(a);
     }
 
     int32_t until = own; /* inclusive prefix sum */
@@ -169,15 +184,15 @@ __device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a,
     }
     const uint32_t share = total / gridDim.x, rest = total % gridDim.x; /* the first `rest` CTAs take one more */
     const int32_t first = share * blockIdx.x + min(blockIdx.x, rest);
-    const int32_t num_tiles = share + (blockIdx.x < rest);
+    const int32_t num_units = share + (blockIdx.x < rest);
     int32_t skip = first - (until - own);
     const bool begins_here = skip >= 0 && first < until;
     if (begins_here) {
 #pragma unroll 1
         for (int32_t group = first_group; group < last_group - 1;) {
-            const int32_t tiles = rows.sum_of_tiles(a);
-            if (skip < tiles) break;
-            skip -= tiles;
+            const int32_t units = rows.template sum_of_costs<kSwitchCost>(a);
+            if (skip < units) break;
+            skip -= units;
             rows.read(a, ++group);
         }
     }
@@ -187,16 +202,16 @@ __device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a,
             shared.skip = skip;
         }
         __syncthreads();
-        return Walk<kRows>{shared.rows, 0, shared.skip, num_tiles};
+        return {shared.rows, 0, shared.skip, num_units};
     }
-    const int source = __ffs(__ballot_sync(~0u, begins_here)) - 1; /* -1: no tiles, and then nobody looks at the rows */
+    const int source = __ffs(__ballot_sync(~0u, begins_here)) - 1; /* -1: no units, and then nobody looks at the rows */
     rows.first_row = __shfl_sync(~0u, rows.first_row, source);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         rows.lengths[i] = __shfl_sync(~0u, rows.lengths[i], source);
         rows.requests[i] = __shfl_sync(~0u, rows.requests[i], source);
     }
-    return Walk<kRows>{rows, 0, __shfl_sync(~0u, skip, source), num_tiles};
+    return {rows, 0, __shfl_sync(~0u, skip, source), num_units};
 }
 
 /* ---- keys ---- */
@@ -205,17 +220,19 @@ __device__ __forceinline__ Walk<kRows> schedule(const IndexerLogitsArguments& a,
 __device__ __forceinline__ void copy_box(uint32_t to_shared, const CUtensorMap& map, int32_t second, int32_t third,
                                          uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-            to_shared),
-        "l"(&map), "r"(0), "r"(second), "r"(third), "r"(barrier)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+        :
+        : "r"(to_shared), "l"(&map), "r"(0), "r"(second), "r"(third), "r"(barrier)
         : "memory");
 }
 
 __device__ __forceinline__ void copy_async_4_or_zero(uint32_t to_shared, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(valid ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(valid ? 4 : 0)
+                 : "memory");
 }
 
-/* A ring's barriers: what has been filled for the n-th time may be read, what has been read n times may be filled again. */
+/* A ring's barriers: what has been filled for the n-th time may be read, what has been read n times may be filled
+ * again. */
 template <int kSlots>
 struct RingBarriers {
     uint64_t full[kSlots];
@@ -251,8 +268,8 @@ struct KeyRing {
     float scales[kStages][kTile];
     RingBarriers<kStages> barriers;
 
-    /* The filling warp: tile `position` of all that pass through the ring is part `part` of `block`. NaN as scales makes
-     * NaN of whatever the tile holds. */
+    /* The filling warp: tile `position` of all that pass through the ring is part `part` of `block`. NaN as scales
+     * makes NaN of whatever the tile holds. */
     __device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUtensorMap& cache, uint32_t position,
                                          int32_t block, int32_t part) {
         const uint32_t stage = position % kStages, barrier = barriers.filled(position), lane = threadIdx.x % 32;
@@ -270,8 +287,8 @@ struct KeyRing {
         }
         barrier_arrive_expect(barrier, kTileBytes + kScaleBytes);
         copy_box(shared_address(tiles[stage]), cache, part * kTile, block, barrier);
-        copy_bulk(shared_address(scales[stage]),
-                  a.index_cache + block * a.block_stride_bytes + a.scale_offset + part * kScaleBytes, kScaleBytes, barrier);
+        const int64_t offset = block * a.block_stride_bytes + a.scale_offset + part * kScaleBytes;
+        copy_bulk(shared_address(scales[stage]), a.index_cache + offset, kScaleBytes, barrier);
     }
 };
 
@@ -282,10 +299,12 @@ struct TileIds {
     int32_t batch[2];
 
     __device__ __forceinline__ TileIds(const IndexerLogitsArguments& a, const Segment& segment, bool is_segment)
-        : row(!is_segment || segment.run.request == kNoRequest ? nullptr : a.block_table + (int64_t)segment.run.request * a.max_blocks),
+        : row(nullptr),
           first(segment.first_tile),
           count(is_segment ? segment.last_tile - segment.first_tile : 0),
           parts(a.block_size / kTile) {
+        if (is_segment && segment.run.request != kNoRequest)
+            row = a.block_table + (int64_t)segment.run.request * a.max_blocks;
         batch[0] = load(threadIdx.x % 32);
         batch[1] = load(threadIdx.x % 32 + 32);
     }
@@ -315,15 +334,15 @@ __device__ __forceinline__ int32_t own_key() {
  *
  * relu(x) = (x + |x|) / 2, and the part without the absolute value is linear in the key:
  *   2 sum_h w_h relu(x_h) = u . k + sum_h w_h |x_h|,   u = sum_h w_h q_h.
- * An absolute value is free in a multiply-add, so that a head costs one instruction instead of two, and u . k takes a few
- * more columns of the product. u is split into kPieces e4m3 numbers, each holding what the former left over times
+ * An absolute value is free in a multiply-add, so that a head costs one instruction instead of two, and u . k takes a
+ * few more columns of the product. u is split into kPieces e4m3 numbers, each holding what the former left over times
  * kPieceStep: five bits a piece. */
 
 constexpr int kPieces = 4;
 constexpr float kPieceStep = 16.0f;
 
-/* Columns of the product of kRows rows of kHeads heads: the heads, then column 8 (row / 2) + 2 piece + row % 2, so that lane
- * c of a quad holds piece c of every row. */
+/* Columns of the product of kRows rows of kHeads heads: the heads, then column 8 (row / 2) + 2 piece + row % 2, so that
+ * lane c of a quad holds piece c of every row. */
 template <int kRows, int kHeads>
 struct Columns {
     static constexpr int kCount = kRows * kHeads + (kRows + 1) / 2 * 8;
@@ -341,7 +360,8 @@ __device__ __forceinline__ int column_offset(int column, int sixteen) {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-/* The exponent that u is multiplied by, so that no number of it leaves e4m3: |u_d| <= 448 sum_h |w_h|. A whole warp. */
+/* The exponent of the power of two that u is multiplied by, so that no number of it leaves e4m3: |u_d| <= 448
+ * sum_h |w_h|. Weights with a sum below 2^-109 lose u . k, which is then below 2^-90 |k|. A whole warp. */
 template <int kHeads>
 __device__ __forceinline__ int piece_exponent(const float* row_weights) {
     float sum = 0.0f;
@@ -353,17 +373,18 @@ __device__ __forceinline__ int piece_exponent(const float* row_weights) {
     return 7 - max(exponent, -100);
 }
 
-/* The pieces of u for one row, whose heads are columns from `first_column` on. A whole warpgroup: threads 4 i .. 4 i + 3
- * take dims 4 i .. 4 i + 3, each a quarter of the heads and then one piece. */
+/* The pieces of u for one row, whose heads are columns from `first_column` on; exponent: piece_exponent. A whole
+ * warpgroup: threads 4 i .. 4 i + 3 take dims 4 i .. 4 i + 3, each a quarter of the heads and then one piece. */
 template <int kHeads>
-__device__ __forceinline__ void fold_heads(const float* row_weights, uint8_t* query, int first_column, int piece_column) {
+__device__ __forceinline__ void fold_heads(const float* row_weights, int exponent, uint8_t* query, int first_column,
+                                           int piece_column) {
     const int piece = threadIdx.x % 4, dim_word = threadIdx.x % 128 / 4;
     float u[4] = {};
 #pragma unroll
     for (int i = 0; i < kHeads / 4; ++i) {
         const int head = 4 * i + piece;
-        const uint32_t word =
-            *reinterpret_cast<const uint32_t*>(query + column_offset(first_column + head, dim_word / 4) + dim_word % 4 * 4);
+        const int offset = column_offset(first_column + head, dim_word / 4) + dim_word % 4 * 4;
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(query + offset);
         const float weight = row_weights[head];
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
@@ -373,7 +394,7 @@ __device__ __forceinline__ void fold_heads(const float* row_weights, uint8_t* qu
             u[2 * pair + 1] = fmaf(weight, numbers.y, u[2 * pair + 1]);
         }
     }
-    const float factor = power_of_two(piece_exponent<kHeads>(row_weights));
+    const float factor = power_of_two(exponent);
 #pragma unroll
     for (int d = 0; d < 4; ++d) {
         u[d] += __shfl_xor_sync(~0u, u[d], 1);
@@ -401,7 +422,8 @@ __device__ __forceinline__ void fold_heads(const float* row_weights, uint8_t* qu
 /* This thread's factors for some rows, halved: [row][2 j + e] is head 8 j + 2 (lane % 4) + e, the last one its piece of
  * u. */
 template <int kRows, int kHeads>
-__device__ __forceinline__ void own_weights(const float* shared_weights, float (&weights)[kRows][kHeads / 4 + 1]) {
+__device__ __forceinline__ void own_weights(const float* shared_weights, const int (&exponents)[kRows],
+                                            float (&weights)[kRows][kHeads / 4 + 1]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
@@ -411,15 +433,15 @@ __device__ __forceinline__ void own_weights(const float* shared_weights, float (
             weights[row][2 * j] = 0.5f * pair.x;
             weights[row][2 * j + 1] = 0.5f * pair.y;
         }
-        const int exponent = piece_exponent<kHeads>(shared_weights + row * kHeads);
-        weights[row][kHeads / 4] = power_of_two(-exponent - 1 - 4 * (int)(threadIdx.x % 4)); /* 4: of kPieceStep */
+        const int pieces_exponent = 4 * (threadIdx.x % 4); /* kPieceStep is 2^4 */
+        weights[row][kHeads / 4] = power_of_two(-exponents[row] - 1 - pieces_exponent);
     }
 }
 
 /* ---- products and sums ---- */
 
-/* The lower half of the descriptor of a tile that lies swizzled at a shared address. The upper half is the same for all:
- * kept apart, because additions of 64 bits cost twice as many instructions. */
+/* The lower half of the descriptor of a tile that lies swizzled at a shared address. The upper half is the same for
+ * all: kept apart, because additions of 64 bits cost twice as many instructions. */
 __device__ __forceinline__ uint32_t descriptor_low(uint32_t address) {
     return (uint32_t)matrix_descriptor(address, 16, 8 * kDim, Swizzle::k128);
 }

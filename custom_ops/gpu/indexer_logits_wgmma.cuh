@@ -1,4 +1,5 @@
-/* More widths of the e4m3 product of wgmma.cuh: whole rows of 32 or 64 heads and 8 columns for every two rows.
+/* More widths of the e4m3 product of wgmma.cuh, both operands in shared memory: one, two or four rows of heads with the
+ * columns that indexer_logits_sm90.cuh adds.
  *
  * A file of its own because a script wrote it.
  */

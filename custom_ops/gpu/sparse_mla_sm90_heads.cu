@@ -1,13 +1,14 @@
 /* sparse_mla on Hopper for many rows: 64 heads of one row a CTA.
  *
- *   producer warpgroup   gathers tile t + 1 into registers while it widens tile t to bfloat16 into shared memory
- *   consumer 0           S and softmax of even tiles, O[:, 0 .. 255] of all
- *   consumer 1           S and softmax of odd tiles,  O[:, 256 .. 511] of all
+ *   two producer warpgroups   gather the rows of tile t + 1 into registers; widen them to bfloat16 into shared memory
+ *   consumer warpgroup 0      S and softmax of even tiles, O[:, 0 .. 255] of all
+ *   consumer warpgroup 1      S and softmax of odd tiles,  O[:, 256 .. 511] of all
  *
- * The one's softmax runs while the other's products keep the tensor cores busy. P goes from its owner's registers to the
- * other consumer through the rope block of its own tile, which is unused once S is known.
+ * The one's softmax runs while the other's products keep the tensor cores busy. P goes from its owner's registers to
+ * the other consumer through the rope block of its own tile, which is unused once S is known.
  * P is relative to a reference that follows the running maximum only in steps above kSlack, so that O is hardly ever
  * rescaled. The reference goes from tile to tile, in order.
+ * Few rows: up to 8 CTAs of a cluster share the tiles of a row and merge what they have through each other's memory.
  */
 #include "sparse_mla_sm90_heads.cuh"
 
@@ -18,7 +19,6 @@
 namespace dsa {
 namespace gpu {
 namespace heads {
-namespace {
 
 /* ---- consumers ---- */
 
@@ -60,10 +60,30 @@ __device__ __forceinline__ void issue_scores(float (&s)[32], uint32_t query, uin
     for (int block = kFirstBlock; block <= kLastBlock; ++block)
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            if (kNoScores && (block != kFirstBlock || k != 0)) continue;
             const int step = block * (kBlockBytes / 16) + 2 * k;
             wgmma_bf16<0, 0>(s, descriptor(query + step), descriptor(tile + step), block != 0 || k != 0);
         }
+}
+
+/* S of a tile, in the order in which its parts become full. */
+__device__ __forceinline__ void start_scores(Shared& shared, Tile tile, float (&s)[32], uint32_t query,
+                                             uint32_t tile_address) {
+    wait_until_full(shared, tile, 0);
+    wgmma_begin();
+    issue_scores<0, 3>(s, row_operand(query), row_operand(tile_address));
+    wgmma_commit();
+}
+
+__device__ __forceinline__ void finish_scores(Shared& shared, Tile tile, float (&s)[32], uint32_t query,
+                                              uint32_t tile_address) {
+    wait_until_full(shared, tile, 1);
+    wgmma_begin();
+    issue_scores<4, 7>(s, row_operand(query), row_operand(tile_address));
+    wgmma_commit();
+    wait_until_rope(shared, tile);
+    wgmma_begin();
+    issue_scores<kRopeBlock, kRopeBlock>(s, row_operand(query), row_operand(tile_address));
+    wgmma_commit();
 }
 
 /* Rescales what is relative to the old reference. No product may be in flight on o. */
@@ -114,8 +134,8 @@ __device__ __forceinline__ void scores_to_weights(float (&s)[32], uint32_t (&p)[
     for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float low = kNoSoftmax ? s[4 * j + 2 * i] : exp2_fast(s[4 * j + 2 * i] * scale_log2 - shift[i]);
-            const float high = kNoSoftmax ? s[4 * j + 2 * i + 1] : exp2_fast(s[4 * j + 2 * i + 1] * scale_log2 - shift[i]);
+            const float low = exp2_fast(s[4 * j + 2 * i] * scale_log2 - shift[i]);
+            const float high = exp2_fast(s[4 * j + 2 * i + 1] * scale_log2 - shift[i]);
             sums[i] += low + high;
             p[j / 2][2 * (j % 2) + i] = pack_bf16(low, high);
         }
@@ -137,7 +157,8 @@ __device__ __forceinline__ void weigh_tile(Shared& shared, Tile tile, int group,
     const uint32_t block = shared_address(shared.tiles[buffer]) + kRopeBlock * kBlockBytes;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-        store_matrices(block + swizzled(16 * warp + (lane & 15), 2 * k + (lane >> 4)), p[k][0], p[k][1], p[k][2], p[k][3]);
+        store_matrices(block + swizzled(16 * warp + (lane & 15), 2 * k + (lane >> 4)), p[k][0], p[k][1], p[k][2],
+                       p[k][3]);
     fence_async_proxy();
 }
 
@@ -148,8 +169,7 @@ __device__ __forceinline__ void issue_own_output(Output& o, uint32_t (&p)[4][4],
     for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (!kNoOutput || k == 0)
-                wgmma_bf16<1>(o.part<64>(i), p[k], descriptor(values + i * kColumnStep + k * kTokenStep), 1);
+            wgmma_bf16<1>(o.part<64>(i), p[k], descriptor(values + i * kColumnStep + k * kTokenStep), 1);
     wgmma_commit();
 }
 
@@ -159,9 +179,8 @@ __device__ __forceinline__ void issue_other_output(Output& o, uint32_t weights, 
     for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (!kNoOutput || k == 0)
-                wgmma_bf16<0, 1>(o.part<64>(i), descriptor(weights + 2 * k),
-                                 descriptor(values + i * kColumnStep + k * kTokenStep), 1);
+            wgmma_bf16<0, 1>(o.part<64>(i), descriptor(weights + 2 * k),
+                             descriptor(values + i * kColumnStep + k * kTokenStep), 1);
     wgmma_commit();
 }
 
@@ -199,8 +218,8 @@ __device__ __forceinline__ float weight_of(float reference, float largest) {
     return reference == -INFINITY ? 0.0f : exp2_fast(reference - largest);
 }
 
-/* kSplits CTAs have each seen some of the row's tiles; CTA r finishes columns r * kColumns ... A thread sends each part to
- * the thread of the same number there, 16 bytes of all threads side by side. */
+/* kSplits CTAs have each seen some of the row's tiles; CTA r finishes columns r * kColumns ... A thread sends each part
+ * to the thread of the same number there, 16 bytes of all threads side by side. */
 template <int kSplits>
 __device__ __forceinline__ void send_parts(Shared& shared, int group, int rank, int row, bool is_first,
                                            const Softmax& softmax, const Output& o) {
@@ -362,7 +381,8 @@ __device__ __forceinline__ void load_query(const Arguments& a, Shared& shared, i
     const int64_t token = item / (uint32_t)a.num_parts;
     const int head = (int)(item % (uint32_t)a.num_parts) * kHeads + row;
     const bool is_there = head < a.num_heads;
-    const uint8_t* from = a.query + (token * a.num_heads + (is_there ? head : 0)) * (int64_t)(2 * kWidth) + 16 * (lane & 3);
+    const int64_t query_row = token * a.num_heads + (is_there ? head : 0);
+    const uint8_t* from = a.query + query_row * (2 * kWidth) + 16 * (lane & 3);
     uint4 v[kPieces];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) v[i] = is_there ? load_16(from + 64 * i) : make_uint4(0, 0, 0, 0);
@@ -418,35 +438,17 @@ __device__ __forceinline__ void consume_even(const Arguments& a, Shared& shared,
         issue_other_output(o, row_operand(weights_odd), column_operand(tiles + kTileBytes));
     };
     if (num_tiles == 0) return;
-    wait_until_full(shared, tile, 0);
-    wgmma_begin();
-    issue_scores<0, 3>(s, row_operand(query), row_operand(tiles));
-    wgmma_commit();
-    wait_until_full(shared, tile, 1);
-    wgmma_begin();
-    issue_scores<4, 7>(s, row_operand(query), row_operand(tiles));
-    wgmma_commit();
-    wait_until_rope(shared, tile);
-    wgmma_begin();
-    issue_scores<kRopeBlock, kRopeBlock>(s, row_operand(query), row_operand(tiles));
-    wgmma_commit();
+    start_scores(shared, tile, s, query, tiles);
+    finish_scores(shared, tile, s, query, tiles);
     finish_even();
-    for (int t = 2; t < num_tiles; t += 2) { /* begins with S beside P V: the compiler follows both only in a straight line */
+    /* P V of the odd tile and S of the next even one are in flight together: the compiler follows them in straight code
+     * only, which is why the first S stands before the loop and the last P V behind it. */
+    for (int t = 2; t < num_tiles; t += 2) {
         start_odd();
-        wait_until_full(shared, tile, 0);
-        wgmma_begin();
-        issue_scores<0, 3>(s, row_operand(query), row_operand(tiles));
-        wgmma_commit();
+        start_scores(shared, tile, s, query, tiles);
         wgmma_wait<1>();
         release(shared, 1, 0);
-        wait_until_full(shared, tile, 1);
-        wgmma_begin();
-        issue_scores<4, 7>(s, row_operand(query), row_operand(tiles));
-        wgmma_commit();
-        wait_until_rope(shared, tile);
-        wgmma_begin();
-        issue_scores<kRopeBlock, kRopeBlock>(s, row_operand(query), row_operand(tiles));
-        wgmma_commit();
+        finish_scores(shared, tile, s, query, tiles);
         finish_even();
     }
     if (num_tiles % 2 == 0) {
@@ -468,18 +470,8 @@ __device__ __forceinline__ void consume_odd(const Arguments& a, Shared& shared, 
     float reference[2], sums[2];
     Tile tile = uses.odd << 1 | 1;
     for (int t = 0; t + 1 < num_tiles; t += 2, tile += 2) {
-        wait_until_full(shared, tile, 0);
-        wgmma_begin();
-        issue_scores<0, 3>(s, row_operand(query), row_operand(tiles + kTileBytes));
-        wgmma_commit();
-        wait_until_full(shared, tile, 1);
-        wgmma_begin();
-        issue_scores<4, 7>(s, row_operand(query), row_operand(tiles + kTileBytes));
-        wgmma_commit();
-        wait_until_rope(shared, tile);
-        wgmma_begin();
-        issue_scores<kRopeBlock, kRopeBlock>(s, row_operand(query), row_operand(tiles + kTileBytes));
-        wgmma_commit();
+        start_scores(shared, tile, s, query, tiles + kTileBytes);
+        finish_scores(shared, tile, s, query, tiles + kTileBytes);
         named_barrier_sync(kEvenReady, 256);
         read_references(shared, 0, reference);
         wgmma_wait<0>();
@@ -532,11 +524,14 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& shared, uint
         if (kSplits > 1 || item + gridDim.x >= a.num_items) break;
         item += gridDim.x;
     }
-    if (kSplits == 1 || group == split / Part<kSplits>::kOfConsumer) store_output<kSplits>(a, shared, group, split, item);
+    if (kSplits == 1 || group == split / Part<kSplits>::kOfConsumer)
+        store_output<kSplits>(a, shared, group, split, item);
 }
 
-/* One CTA a multiprocessor goes through items (a row and 64 of its heads); its producer is a tile or two ahead, across
- * items too. kSplits > 1: one item a cluster, its tiles dealt out to the CTAs. */
+namespace {
+
+/* One CTA a multiprocessor goes through items (a row and 64 of its heads); its producers are up to two tiles ahead,
+ * across items too. kSplits > 1: one item a cluster, its tiles dealt out to the CTAs. */
 template <int kSplits>
 __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Arguments a) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -544,10 +539,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
     Shared& shared = *(Shared*)memory;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; ++i) {
-            barrier_init(shared_address(&shared.full[i / 2][i % 2]), 4);
+            barrier_init(shared_address(&shared.full[i / 2][i % 2]), kProducerWarps);
             barrier_init(shared_address(&shared.free[i / 2][i % 2]), 4);
         }
-        for (int i = 0; i < 2; ++i) barrier_init(shared_address(&shared.rope_full[i]), 128);
+        for (int i = 0; i < 2; ++i) barrier_init(shared_address(&shared.rope_full[i]), 32 * kProducerWarps);
         if (kSplits > 1) {
             barrier_init(shared_address(&shared.others_may_write), 8 * (kSplits - 1));
             barrier_init(shared_address(&shared.others_have_written), 8 * (kSplits - 1));
@@ -598,8 +593,8 @@ dsa_status launch(const Arguments& a, uint32_t num_clusters, cudaStream_t stream
     return error != cudaSuccess ? status_of(error) : launched(stream);
 }
 
-/* Clusters of kSplits CTAs that the current device runs at the same time: fewer than multiprocessors / kSplits, because a
- * cluster does not cross the device's parts. The answer never changes, so that threads may race to store it. */
+/* Clusters of kSplits CTAs that the current device runs at the same time: fewer than multiprocessors / kSplits, because
+ * a cluster does not cross the device's parts. The answer never changes, so that threads may race to store it. */
 template <int kSplits>
 uint32_t max_clusters() {
     static int32_t known[kMaxDevices]; /* 0: not asked yet; else one more than the answer */
@@ -625,8 +620,9 @@ uint32_t max_clusters() {
 dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Device& device, cudaStream_t stream) {
     using namespace heads;
     if (!device.has_hopper_instructions || device.max_shared_bytes < (int32_t)sizeof(Shared)) return DSA_UNSUPPORTED;
-    if (params.topk > INT32_MAX - 8192) return DSA_UNSUPPORTED; /* ids are looked for some tiles ahead, in int32 */
-    if (params.num_blocks * params.block_stride_bytes / 16 > UINT32_MAX) return DSA_UNSUPPORTED; /* offsets in 16 bytes */
+    /* Ids are looked for some tiles ahead, in int32; offsets in the cache count 16 bytes, in uint32. */
+    if (params.topk > INT32_MAX - 8192) return DSA_UNSUPPORTED;
+    if (params.num_blocks * params.block_stride_bytes / 16 > UINT32_MAX) return DSA_UNSUPPORTED;
     Arguments a = {};
     a.query = (const uint8_t*)params.query;
     a.latent_cache = params.num_blocks > 0 ? params.latent_cache : a.query;
@@ -649,12 +645,9 @@ dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Devi
     a.num_items = (uint32_t)num_items;
     const uint32_t num_multiprocessors = (uint32_t)device.num_multiprocessors;
     const uint32_t num_tiles = (uint32_t)((params.topk + kTokens - 1) / kTokens);
-    a.is_prefetching = DSA_HEADS_PREFETCH && a.num_items <= num_multiprocessors;
-#ifndef DSA_HEADS_NO_SPLIT
     if (num_tiles >= 16 && a.num_items <= max_clusters<8>()) return launch<8>(a, a.num_items, stream);
     if (num_tiles >= 8 && a.num_items <= max_clusters<4>()) return launch<4>(a, a.num_items, stream);
     if (num_tiles >= 2 && a.num_items <= max_clusters<2>()) return launch<2>(a, a.num_items, stream);
-#endif
     return launch<1>(a, a.num_items < num_multiprocessors ? a.num_items : num_multiprocessors, stream);
 }
 

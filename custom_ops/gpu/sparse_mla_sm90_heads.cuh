@@ -17,22 +17,9 @@
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-#ifndef DSA_HEADS_PREFETCH
-#define DSA_HEADS_PREFETCH 0
-#endif
-#ifndef DSA_HEADS_WITHOUT
-#define DSA_HEADS_WITHOUT 0
-#endif
-
 namespace dsa {
 namespace gpu {
 namespace heads {
-constexpr bool kNoConversion = DSA_HEADS_WITHOUT & 1;
-constexpr bool kNoGather = DSA_HEADS_WITHOUT & 2;
-constexpr bool kNoOutput = DSA_HEADS_WITHOUT & 4;  /* no PV */
-constexpr bool kNoScores = DSA_HEADS_WITHOUT & 8;  /* one k-step of S only */
-constexpr bool kNoProducer = DSA_HEADS_WITHOUT & 16; /* neither loads nor stores, only barriers */
-constexpr bool kNoSoftmax = DSA_HEADS_WITHOUT & 32;
 
 constexpr int kHeads = 64;  /* of a CTA: M of wgmma */
 constexpr int kTokens = 64; /* of a tile: two tiles and the query fill the shared memory */
@@ -48,7 +35,8 @@ constexpr int kTileBytes = (kRopeBlock + 1) * kBlockBytes;
 constexpr int kThreads = 512; /* two consumer and two producer warpgroups */
 constexpr int kProducerRegisters = 64;
 constexpr int kConsumerRegisters = 192; /* 2 * 192 + 2 * 64 = 4 * 128, the registers of the launch */
-constexpr int kTokensPerWarp = kTokens / 4; /* of a producer */
+constexpr int kProducerWarps = 8;
+constexpr int kTokensPerWarp = kTokens / kProducerWarps;
 constexpr int kBatch = 32 / kTokensPerWarp; /* tiles whose tokens a producer warp looks up together, one a lane */
 constexpr int kMaxSplits = 8;               /* CTAs that share a row: the largest portable cluster */
 constexpr float kSlack = 8.0f; /* log2 by which a score may exceed the reference before the sums are rescaled */
@@ -69,7 +57,6 @@ struct Arguments {
     int32_t topk;
     float scale_log2;     /* log2(e) times the magnitude of softmax_scale, above 0 */
     uint32_t query_signs; /* flips the sign of two bfloat16 numbers if softmax_scale is negative */
-    int32_t is_prefetching; /* rows into the L2, some tiles ahead */
     uint32_t sixteen; /* 16 and 256: multiplied by numbers that the compiler does not know, words are shifted in the */
     uint32_t pow2_8;  /* multiply pipe, which is idle, and not in the one that moves bits, which is not */
 };
@@ -79,10 +66,10 @@ struct Shared {
     uint8_t tiles[2][kTileBytes]; /* tile t in t % 2; its rope block holds P once S is computed */
     float references[2][kHeads];  /* of tile t in t % 2: what P of this tile is relative to, log2 */
     float sums[2][kHeads];
-    uint64_t full[2][2]; /* [tile % 2][columns 0 .. 255, columns 256 .. 511]: filled by producer 0, 1 */
+    uint64_t full[2][2]; /* [tile % 2][columns 0 .. 255, columns 256 .. 511] */
     uint64_t free[2][2]; /* the same, used up by consumer 0, 1; with it the rope block */
     uint64_t rope_full[2];
-    uint16_t valid[4][4]; /* [valid_slot(tile)]: a bit per token */
+    uint8_t valid[4][kProducerWarps]; /* [valid_slot(tile)]: a bit per token */
     /* Only where CTAs share a row: reference and sum of each, and when the others may write here and have written. */
     float2 partial_sums[kMaxSplits][kHeads];
     uint64_t others_may_write, others_have_written;
@@ -163,21 +150,20 @@ __device__ __forceinline__ uint32_t split_scale(float scale, bool are_exact) {
 
 /* 8 e4m3 numbers times their scale. The general way multiplies by high + low, which differs from the float32 product by
  * less than 2^-16 of it before the one rounding that counts. */
+template <bool kAreExact>
 __device__ __forceinline__ void dequantize(const Arguments& a, uint32_t first, uint32_t second, uint32_t scale,
-                                           bool are_exact, uint32_t (&wide)[4]) {
+                                           uint32_t (&wide)[4]) {
     widen(a, first, wide[0], wide[1]);
     widen(a, second, wide[2], wide[3]);
-    const uint32_t high = __byte_perm(scale, scale, 0x3232);
-    if (are_exact) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) wide[i] = multiply_bf16(wide[i], high);
-        return;
-    }
-    const uint32_t low = __byte_perm(scale, scale, 0x1010);
+    const uint32_t high = __byte_perm(scale, scale, 0x3232), low = __byte_perm(scale, scale, 0x1010);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t value = multiply_bf16(wide[i], 0x7B807B80); /* 2^120 */
-        wide[i] = multiply_add_bf16(value, high, multiply_bf16(value, low));
+        if (kAreExact) {
+            wide[i] = multiply_bf16(wide[i], high);
+        } else {
+            const uint32_t value = multiply_bf16(wide[i], 0x7B807B80); /* 2^120 */
+            wide[i] = multiply_add_bf16(value, high, multiply_bf16(value, low));
+        }
     }
 }
 
@@ -185,7 +171,9 @@ __device__ __forceinline__ void dequantize(const Arguments& a, uint32_t first, u
 
 __device__ __forceinline__ uint4 load_16(const uint8_t* from) {
     uint4 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
     return v;
 }
 
@@ -201,36 +189,31 @@ __device__ __forceinline__ int32_t load_id(const int32_t* from) {
     return v;
 }
 
-__device__ __forceinline__ void prefetch_row(const uint8_t* row) {
-#if DSA_HEADS_PREFETCH == 1
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "n"(kRowBytes) : "memory");
-    return;
-#endif
-#pragma unroll
-    for (int i = 0; i < kRowBytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i) : "memory");
-}
-
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
     return v;
 }
 
 /* Four 8 x 8 matrices of 16-bit numbers; lanes 8 i .. 8 i + 7 name the rows of matrix i. */
 __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
                  : "memory");
 }
 
 /* Where 16-byte piece `piece` of row `row` lies in a swizzled block. */
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-/* The upper word of every descriptor here: 8 rows of 128 bytes a step, 128-byte swizzle. The lower word holds the address
- * and is stepped alone, in 32 bits. */
+/* The upper word of every descriptor here: 8 rows of 128 bytes a step, 128-byte swizzle. The lower word holds the
+ * address, without the CTA's rank in a cluster that shared addresses carry above bit 18, and is stepped in 32 bits. */
 constexpr uint64_t kDescriptorUpper = (uint64_t)(1024 >> 4) << 32 | (uint64_t)Swizzle::k128 << 62;
 
 __device__ __forceinline__ uint64_t descriptor(uint32_t lower) { return kDescriptorUpper | lower; }
@@ -257,8 +240,8 @@ __device__ __forceinline__ int32_t count_of(const Arguments& a, int64_t token) {
     return a.counts == nullptr ? a.topk : min(max(a.counts[token], 0), a.topk);
 }
 
-/* Tile i of a row belongs to CTA i % kSplits of its cluster: balanced whatever the count. The shuffle tells the compiler
- * that the number is the same in all lanes. */
+/* Tile i of a row belongs to CTA i % kSplits of its cluster: balanced whatever the count. The shuffle tells the
+ * compiler that the number is the same in all lanes. */
 template <int kSplits>
 __device__ __forceinline__ int num_tiles_of(int32_t count, int split) {
     const int row_tiles = (int)(((int64_t)count + kTokens - 1) / kTokens);
@@ -267,32 +250,31 @@ __device__ __forceinline__ int num_tiles_of(int32_t count, int split) {
 
 /* ---- producers ---- */
 
-/* A tile on its way: bit 0 is its buffer, the others count that buffer's uses. Even tiles of a row take buffer 0, odd ones
- * buffer 1. */
+/* A tile on its way: bit 0 is its buffer, the others count that buffer's uses. Even tiles of a row take buffer 0, odd
+ * ones buffer 1. */
 using Tile = int32_t;
-constexpr Tile kNoTile = -1;
 
 __device__ __forceinline__ int buffer_of(Tile tile) { return tile & 1; }
 __device__ __forceinline__ uint32_t parity_of(Tile tile) { return (tile >> 1) & 1; }
 __device__ __forceinline__ int valid_slot(Tile tile) { return tile & 3; }
 
-/* A producer fills half the columns of every tile, each of its warps those of 16 tokens. Tokens are looked up for two tiles
- * of a row at once, one a lane: lane l knows token l % 16 of tile l / 16. In the work on a tile eight lanes that store
- * together hit eight different 16-byte pieces of the banks:
+/* A producer warp fills 8 tokens of every tile. Tokens are looked up for up to four tiles of a row at once, one a lane:
+ * lane l knows token l % 8 of tile l / 8. In the work on a tile eight lanes that store together hit eight different
+ * 16-byte pieces of the banks:
  *   latent load  token 2 pair + lane / 4 % 2, columns 256 half + 64 (lane / 8) + 16 (lane % 4) ..
- *   scale        token lane / 2, group 2 half + lane % 2
- *   rope copy    token 4 quad + lane / 8, columns 8 (lane % 8) .., by producer 0
+ *   scale        token lane / 4, group lane % 4
+ *   rope copy    token 4 quad + lane / 8, columns 8 (lane % 8) ..
  * The compiler makes any use of a load wait for all loads in flight. So they are all issued together, just after the
- * tile before is done, and meet their first use after the wait for the buffer. */
+ * tile before is done; the ids of the next batch are among them. */
 template <int kSplits>
 struct Producer {
     const Arguments& a;
     Shared& shared;
-    int half, warp, lane;
+    int warp, lane;
     uint32_t latent_from, latent_to, pair_lane;
     /* The batch that is being worked on: this lane's row in the cache; a bit a token that is there. */
     uint32_t offset, valid;
-    uint4 latent[8];
+    uint4 latent[2][4]; /* [half][pair] */
     float scale;
     /* The next batch: first the lane's id, then its offset. */
     uint32_t next, next_tiles;
@@ -303,13 +285,12 @@ struct Producer {
     static constexpr uint32_t kNowhere = 0xFFFFFFFF;
 
     __device__ __forceinline__ Producer(const Arguments& a, Shared& shared, uint32_t first_item)
-        : a(a), shared(shared), half((threadIdx.x >> 7) & 1), warp((threadIdx.x >> 5) & 3), lane(threadIdx.x & 31),
-          item(first_item) {
+        : a(a), shared(shared), warp((threadIdx.x >> 5) & 7), lane(threadIdx.x & 31), item(first_item) {
         const int row_bit = (lane >> 2) & 1;
-        latent_from = fresh(256 * half + 64 * (lane >> 3) + 16 * (lane & 3));
-        latent_to = fresh(shared_address(shared.tiles[0]) + (4 * half + (lane >> 3)) * kBlockBytes +
+        latent_from = fresh(64 * (lane >> 3) + 16 * (lane & 3));
+        latent_to = fresh(shared_address(shared.tiles[0]) + (lane >> 3) * kBlockBytes +
                           swizzled(kTokensPerWarp * warp + row_bit, 2 * (lane & 3)));
-        pair_lane = row_bit;
+        pair_lane = fresh(row_bit);
         tile = 0;
         tile_after = 1;
         ahead = 0;
@@ -320,6 +301,7 @@ struct Producer {
         return a.latent_cache + (uint64_t)row_offset * 16;
     }
 
+    /* Starts to read the next batch's ids; next_tiles 0: there is none. */
     __device__ __forceinline__ void start_batch() {
         const int split = blockIdx.x % kSplits;
         int num_tiles = num_tiles_of<kSplits>(count, split);
@@ -331,7 +313,7 @@ struct Producer {
             num_tiles = num_tiles_of<kSplits>(count, split);
             ahead = 0;
         }
-        const int index = ((ahead + (lane >> 4)) * kSplits + split) * kTokens + kTokensPerWarp * warp + (lane & 15);
+        const int index = ((ahead + (lane >> 3)) * kSplits + split) * kTokens + kTokensPerWarp * warp + (lane & 7);
         const int64_t token = item / (uint32_t)a.num_parts;
         next = kNowhere;
         if (index < count) next = (uint32_t)load_id(a.slot_ids + token * a.topk + index);
@@ -339,29 +321,31 @@ struct Producer {
         ahead += next_tiles;
     }
 
+    /* The ids have arrived. */
     __device__ __forceinline__ void finish_batch() {
         const bool is_valid = next < (uint32_t)a.num_slots;
         const uint32_t block = next / (uint32_t)a.block_size;
         const uint32_t row = next - block * (uint32_t)a.block_size;
         next = is_valid ? block * a.block_stride + row * (kRowBytes / 16) : kNowhere;
-        if (DSA_HEADS_PREFETCH && a.is_prefetching && is_valid && half == 0) prefetch_row(row_at(next));
     }
 
     /* A token that is not there reads the first row and gets scales of zero. */
     __device__ __forceinline__ void take_batch() {
         valid = __ballot_sync(0xFFFFFFFF, next != kNowhere);
-        offset = next == kNowhere || kNoGather ? 0 : next;
+        offset = next == kNowhere ? 0 : next;
     }
 
     __device__ __forceinline__ void load(int in_batch) {
-        if (kNoProducer) return;
         const int first_lane = kTokensPerWarp * in_batch;
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair)
-            latent[pair] =
-                load_16(row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + pair_lane + 2 * pair)) + latent_from);
-        scale = load_float(row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + (lane >> 1))) + kScaleOffset + 8 * half +
-                           4 * (lane & 1));
+        for (int pair = 0; pair < 4; ++pair) {
+            const uint8_t* row =
+                row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + pair_lane + 2 * pair)) + latent_from;
+            latent[0][pair] = load_16(row);
+            latent[1][pair] = load_16(row + 256);
+        }
+        const uint8_t* row = row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + (lane >> 2)));
+        scale = load_float(row + kScaleOffset + 4 * (lane & 3));
     }
 
     __device__ __forceinline__ void copy_rope(int in_batch) {
@@ -371,57 +355,67 @@ struct Producer {
         const uint8_t* rows[kQuads];
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
-            rows[quad] = row_at(__shfl_sync(0xFFFFFFFF, offset, kTokensPerWarp * in_batch + token + 4 * quad));
+            rows[quad] = row_at(__shfl_sync(0xFFFFFFFF, offset, kTokensPerWarp * in_batch + 4 * quad + token));
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
-            copy_async_16(to + swizzled(kTokensPerWarp * warp + token + 4 * quad, piece),
+            copy_async_16(to + swizzled(kTokensPerWarp * warp + 4 * quad + token, piece),
                           rows[quad] + kRopeOffset + 16 * piece);
     }
 
+    template <int kHalf>
     __device__ __forceinline__ uint32_t factor_of(uint32_t split, int pair) const {
-        return __shfl_sync(0xFFFFFFFF, split, 2 * (pair_lane + 2 * pair) + (lane >> 4));
+        return __shfl_sync(0xFFFFFFFF, split, 4 * (pair_lane + 2 * pair) + 2 * kHalf + (lane >> 4));
     }
 
-    template <bool kAreExact>
-    __device__ __forceinline__ void widen_tokens(uint32_t split) {
-        const uint32_t to_tile = latent_to + buffer_of(tile) * kTileBytes;
-        uint32_t next_factor = factor_of(split, 0);
+    /* Straight code: a branch per piece would leave blocks too short to fill their own waits. */
+    template <int kHalf, bool kAreExact>
+    __device__ __forceinline__ void widen_half(uint32_t split) {
+        const uint32_t to_half = latent_to + buffer_of(tile) * kTileBytes + 4 * kHalf * kBlockBytes;
+        uint32_t next_factor = factor_of<kHalf>(split, 0);
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {
+        for (int pair = 0; pair < 4; ++pair) {
             const uint32_t factor = next_factor;
-            if (pair < 7) next_factor = factor_of(split, pair + 1);
-            const uint32_t to = (to_tile ^ (pair % 4 << 5)) + 256 * pair;
-            const uint4& v = latent[pair];
-            uint32_t wide[4] = {v.x, v.y, v.x, v.y ^ factor};
-            if (!kNoConversion) dequantize(a, v.x, v.y, factor, kAreExact, wide);
+            if (pair < 3) next_factor = factor_of<kHalf>(split, pair + 1);
+            const uint32_t to = (to_half ^ (pair << 5)) + 256 * pair;
+            const uint4& v = latent[kHalf][pair];
+            uint32_t wide[4];
+            dequantize<kAreExact>(a, v.x, v.y, factor, wide);
             store_shared_16(to, wide[0], wide[1], wide[2], wide[3]);
-            if (!kNoConversion) dequantize(a, v.z, v.w, factor, kAreExact, wide);
+            dequantize<kAreExact>(a, v.z, v.w, factor, wide);
             store_shared_16(to ^ 16, wide[0], wide[1], wide[2], wide[3]);
         }
     }
 
     /* The fence that wgmma needs is the reader's: here it would wait for loads. */
+    template <int kHalf>
+    __device__ __forceinline__ void fill_half(uint32_t split, bool are_exact) {
+        if (are_exact)
+            widen_half<kHalf, true>(split);
+        else
+            widen_half<kHalf, false>(split);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&shared.full[buffer_of(tile)][kHalf]));
+    }
+
     __device__ __forceinline__ void fill(int in_batch) {
         const int buffer = buffer_of(tile);
         const uint32_t parity = parity_of(tile) ^ 1;
-        const bool is_valid = (valid >> (kTokensPerWarp * in_batch + (lane >> 1))) & 1;
+        barrier_wait(shared_address(&shared.free[buffer][0]), parity);
+        const bool is_valid = (valid >> (kTokensPerWarp * in_batch + (lane >> 2))) & 1;
         const bool are_exact = __all_sync(0xFFFFFFFF, !is_valid || is_exact_scale(scale));
         const uint32_t split = is_valid ? split_scale(scale, are_exact) : 0;
-        barrier_wait(shared_address(&shared.free[buffer][half]), parity);
-        if (half == 1) {
-            barrier_wait(shared_address(&shared.free[buffer][0]), parity); /* now the rope block is free */
-            if (!kNoProducer) copy_rope(in_batch);
-            copy_async_arrive(shared_address(&shared.rope_full[buffer]));
-        }
-        if (!kNoProducer) {
-            if (are_exact)
-                widen_tokens<true>(split);
-            else
-                widen_tokens<false>(split);
-        }
-        if (half == 0 && lane == 0) shared.valid[valid_slot(tile)][warp] = (uint16_t)(valid >> (kTokensPerWarp * in_batch));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.full[buffer][half]));
+        if (lane == 0) shared.valid[valid_slot(tile)][warp] = (uint8_t)(valid >> (kTokensPerWarp * in_batch));
+        fill_half<0>(split, are_exact);
+        barrier_wait(shared_address(&shared.free[buffer][1]), parity);
+        copy_rope(in_batch);
+        copy_async_arrive(shared_address(&shared.rope_full[buffer]));
+        fill_half<1>(split, are_exact);
+    }
+
+    __device__ __forceinline__ void swap_names(int used) {
+        const Tile old = tile + used;
+        tile = tile_after;
+        tile_after = old;
     }
 
     __device__ __forceinline__ void run() {
@@ -432,20 +426,14 @@ struct Producer {
             take_batch();
             if (ahead <= kBatch && buffer_of(tile) == 1) swap_names(0); /* a row starts in buffer 0 */
             for (uint32_t i = 0; i < num_tiles; ++i) {
-                if (i == 0) start_batch();
                 load(i);
+                if (i == 0) start_batch();
                 fill(i);
                 swap_names(2);
                 if (i == 0) finish_batch();
             }
         }
         copy_async_wait_all();
-    }
-
-    __device__ __forceinline__ void swap_names(int used) {
-        const Tile old = tile + used;
-        tile = tile_after;
-        tile_after = old;
     }
 };
 

@@ -9,7 +9,6 @@
 namespace dsa {
 namespace gpu {
 namespace rows {
-namespace {
 
 /* ---- score ---- */
 
@@ -225,7 +224,7 @@ __device__ __forceinline__ void store_weights(const float (&s)[kHeads / 2], cons
 
 /* ---- weigh: O^T += V^T P^T ---- */
 
-/* Words low: two tokens of dim i and of dim i + 1; kUsual says how (see the top of the header). */
+/* Two dims of two tokens to a word per dim, the tokens side by side; kUsual: see the top of the header. */
 template <bool kUsual>
 __device__ __forceinline__ void widen_scaled(uint32_t bytes, float scale0, float scale8, uint32_t& first,
                                              uint32_t& second) {
@@ -349,6 +348,7 @@ __device__ __forceinline__ bool score_valid(const Memory& shared, const Argument
     return is_unusual;
 }
 
+/* Two barriers of the team a tile: all maxima are there (and the old P is used up); P is there. */
 template <int kHeads, int kWide, int kSlots, int kTiles, typename Memory>
 __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared, const Place& at, int num_slots,
                                              int first_dim, float (&sums)[kHeads / 4], float (&o)[kTiles][kHeads / 2]) {
@@ -368,9 +368,9 @@ __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared,
         int32_t* maxima = shared.maxima[at.team][turn];
         raise_maxima<kHeads>(s, maxima, at.c);
         const bool are_usual = !named_barrier_any(barrier, kTeamThreads, is_unusual);
-        if (!are_usual) { /* the maxima, which only serve as references, are good enough */
-            score_valid<true, kHeads, kWide, kSlots>(shared, a, place_of_thread<kWide>(), slot, s);
-        }
+        /* A team knows only now, at a barrier it needs anyway, that a tile has unusual scales. The maxima, which serve
+         * as references, are good enough. The place is taken anew because the usual path needs every register. */
+        if (!are_usual) score_valid<true, kHeads, kWide, kSlots>(shared, a, place_of_thread<kWide>(), slot, s);
         float reference[kHeads / 4];
         move_references<kHeads>(shared.references[at.team], maxima, at.c, reference, sums, o);
         const int team_thread = threadIdx.x % kTeamThreads;
@@ -390,6 +390,8 @@ __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared,
             weigh_tile<false, kHeads, kWide, kSlots>(shared, at, slot, first_dim, o);
     }
 }
+
+namespace {
 
 /* ---- kernel ---- */
 
@@ -412,12 +414,14 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
     Range range = range_of<kTileRows, kSpread>(a.topk, rank);
     int32_t id = is_producer ? load_id(ids, range, 0) : 0;
     const int32_t count = a.counts == nullptr ? a.topk : min(max(__ldg(a.counts + token), 0), a.topk);
-    if (threadIdx.x < kSlots) {
-        barrier_init(shared_address(&shared.full[threadIdx.x]), kProducerWarps * 33);
-        barrier_init(shared_address(&shared.free[threadIdx.x]), 4 * kWide);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kSlots; ++i) {
+            barrier_init(shared_address(&shared.full[i]), kProducerWarps * 33); /* every thread's copies, `valid` */
+            barrier_init(shared_address(&shared.free[i]), 4 * kWide);
+        }
+        barrier_init(shared_address(&shared.all_received), 1);
+        barrier_init_fence();
     }
-    if (threadIdx.x == 0) barrier_init(shared_address(&shared.all_received), 1);
-    barrier_init_fence();
     if (threadIdx.x < Memory::kTeams * kHeads) {
         shared.maxima[threadIdx.x / kHeads][0][threadIdx.x % kHeads] = ordered(-INFINITY);
         shared.references[threadIdx.x / kHeads][threadIdx.x % kHeads] = -INFINITY;
@@ -475,7 +479,9 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
 
 /* ---- launch ---- */
 
-/* Bound: 656 bytes of a token per CTA and part; the tensor cores need 68 * 13 cycles per 64 tokens at 16 heads. */
+/* Bound: the cache rows, 656 bytes a token and part. From random places they come out of memory at 2.8 TB/s at most,
+ * and into one multiprocessor at 18 bytes a cycle. Tensor cores: 68 products of 13 (16 heads) or 16 (32) cycles per 64
+ * tokens; the conversion of the rows, twice each, takes about as long. */
 template <int kHeads, int kWide, int kSlots, int kSpread, bool kOwnBuffer>
 dsa_status launch(const Arguments& a, int64_t num_tokens, const Device& device, cudaStream_t stream) {
     constexpr int32_t kBytes = sizeof(Shared<kHeads, kWide, kSlots, kSpread, kOwnBuffer>);
@@ -555,8 +561,9 @@ Plan choose_plan(const dsa_sparse_mla_params& params, const Device& device, int6
         for (const Spread& spread : kSpreads) {
             if (cost.heads == 32 && (spread.ctas > kMaxSpreadOf32Heads || params.num_heads <= 16)) continue;
             const int64_t clusters = num_rows_hint * ((params.num_heads + cost.heads - 1) / cost.heads);
-            const int64_t at_once = std::max<int64_t>(
-                (int64_t)spread.clusters_at_once * device.num_multiprocessors / kMeasuredMultiprocessors, 1);
+            const int64_t at_once =
+                (int64_t)spread.clusters_at_once * device.num_multiprocessors / kMeasuredMultiprocessors;
+            if (at_once == 0) continue; /* a slice of a device may not hold such a cluster at all */
             const double waves = (double)((clusters + at_once - 1) / at_once);
             const double cta_steps = (double)((steps + spread.ctas - 1) / spread.ctas);
             const double time = waves * (cost.start_and_merge + cta_steps * cost.step);

@@ -118,7 +118,7 @@ struct Shared {
 };
 
 /* Named barriers; 0 belongs to __syncthreads. */
-enum { kAllConsumers = 1, kTeam = 2 /* and 3 */ };
+enum { kAllConsumers = 1, kTeam = 2 /* and 3 */, kExchange = 4 };
 
 /* ---- numbers ---- */
 

@@ -9,7 +9,6 @@
 namespace dsa {
 namespace gpu {
 namespace rows {
-namespace {
 
 /* ---- the rows of a slot, 16 bytes a thread and copy ---- */
 
@@ -153,7 +152,6 @@ __device__ __forceinline__ void load_query(const Arguments& a, Memory& shared, u
     }
 }
 
-}  // namespace
 }  // namespace rows
 }  // namespace gpu
 }  // namespace dsa

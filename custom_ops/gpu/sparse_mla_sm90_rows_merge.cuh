@@ -14,7 +14,6 @@
 namespace dsa {
 namespace gpu {
 namespace rows {
-namespace {
 
 /* The sum of every warp's tokens. */
 template <int kHeads, typename Memory>
@@ -61,7 +60,7 @@ __device__ __forceinline__ void merge_teams(Memory& shared, const Place& at, flo
     for (int m = 0; m < kHalf; ++m)
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) given[(m * kColumns + i) * 128] = at.team == 0 ? o[kHalf + m][i] : o[m][i];
-    named_barrier_sync(kAllConsumers, kConsumers);
+    named_barrier_sync(kExchange, kConsumers);
 #pragma unroll
     for (int m = 0; m < kHalf; ++m)
 #pragma unroll
@@ -187,7 +186,6 @@ __device__ __forceinline__ void store_own_output(const Arguments& a, const Memor
         }
 }
 
-}  // namespace
 }  // namespace rows
 }  // namespace gpu
 }  // namespace dsa

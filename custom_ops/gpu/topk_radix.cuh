@@ -72,7 +72,8 @@ __device__ Around count_around(const Row& row, const Part& part, int32_t cta, in
     if (threadIdx.x < 2) shared.around[threadIdx.x] = 0;
     uint32_t above = 0, equal = 0;
     int32_t vector = first_vector_of_thread<kRadixVectors>(part);
-    for (int32_t base = part.first; base < part.end; base += kThreads * kRadixVectors, vector += kThreads * kRadixVectors) {
+    for (int32_t base = part.first; base < part.end;
+         base += kThreads * kRadixVectors, vector += kThreads * kRadixVectors) {
         float scores[kRadixVectors][4];
         const uint32_t valid = load_tile<kRadixVectors>(row, part, vector, scores);
 #pragma unroll
@@ -106,7 +107,8 @@ __device__ Around count_around(const Row& row, const Part& part, int32_t cta, in
 
 /* The topk-th largest key. */
 template <int kThreads, bool kClustered>
-__device__ uint32_t key_by_digits(const Problem& p, const Row& row, const Part& part, int num_ctas, RadixShared& shared) {
+__device__ uint32_t key_by_digits(const Problem& p, const Row& row, const Part& part, int num_ctas,
+                                  RadixShared& shared) {
     const uint32_t thread = threadIdx.x, lane = thread & 31;
     uint32_t rank = (uint32_t)p.topk, threshold = 0;
     __syncthreads(); /* the memory may have served something else */

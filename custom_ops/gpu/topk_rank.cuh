@@ -92,8 +92,8 @@ __device__ __forceinline__ void find_bins(RankShared& shared, uint32_t rank, uin
 /* Counts the keys of the interval in even bins over low .. high, guesses that keys may exceed: such keys fall into the
  * end bins. Returns the width of a bin as a shift. */
 template <int kThreads, class Visit>
-__device__ __forceinline__ int count_bins(RankShared& shared, const Visit& visit, const Interval& interval, uint32_t low,
-                                          uint32_t high) {
+__device__ __forceinline__ int count_bins(RankShared& shared, const Visit& visit, const Interval& interval,
+                                          uint32_t low, uint32_t high) {
     const int bits = 32 - __clz(high - low);
     const int shift = bits > kBinBits ? bits - kBinBits : 0;
     const uint32_t bins = shared_address(shared.bins), nowhere = kBins + (threadIdx.x & 31);
@@ -105,8 +105,8 @@ __device__ __forceinline__ int count_bins(RankShared& shared, const Visit& visit
     return shift;
 }
 
-__device__ __forceinline__ Interval interval_of(const FoundBin& found, const Interval& from, uint32_t low, uint32_t high,
-                                                int shift) {
+__device__ __forceinline__ Interval interval_of(const FoundBin& found, const Interval& from, uint32_t low,
+                                                uint32_t high, int shift) {
     Interval to = from;
     if (found.bin != (high - low) >> shift) to.lowest = high - ((found.bin + 1) << shift) + 1;
     if (found.bin != 0) to.highest = high - (found.bin << shift);
@@ -115,8 +115,8 @@ __device__ __forceinline__ Interval interval_of(const FoundBin& found, const Int
     return to;
 }
 
-/* Narrows the interval around the key of its rank until it holds one value, only kept keys, or at most `enough`. visit(f) calls
- * f(key) for every key of this thread. */
+/* Narrows the interval around the key of its rank until it holds one value, only kept keys, or at most `enough`.
+ * visit(f) calls f(key) for every key of this thread. */
 template <int kThreads, class Visit>
 __device__ __forceinline__ Interval narrow(RankShared& shared, const Visit& visit, Interval interval, uint32_t low,
                                            uint32_t high, uint32_t enough) {
@@ -177,8 +177,8 @@ __device__ __forceinline__ Ranked rank_few(const RankShared& shared, const Inter
 
 /* The key of the interval's rank; or one that as many keys of the interval reach. */
 template <int kThreads, class Visit>
-__device__ __forceinline__ Ranked key_of_rank(RankShared& shared, const Visit& visit, const Interval& from, uint32_t low,
-                                              uint32_t high) {
+__device__ __forceinline__ Ranked key_of_rank(RankShared& shared, const Visit& visit, const Interval& from,
+                                              uint32_t low, uint32_t high) {
     const Interval interval = narrow<kThreads>(shared, visit, from, low, high, kFew);
     if (interval.is_kept() || interval.count > kFew) return Ranked{interval.lowest, interval.rank, interval.count};
     list_few(shared, visit, interval, 0u);

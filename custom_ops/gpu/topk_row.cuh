@@ -22,13 +22,11 @@ namespace dsa {
 namespace gpu {
 namespace topk {
 
-#ifdef DSA_TOPK_TUNING
-#define MARK(i) do { if (p.marks && threadIdx.x == 0) p.marks[blockIdx.x * 16 + (i)] = clock64(); } while (0)
-#else
-#define MARK(i) do {} while (0)
-#endif
-
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
+
+/* When the next kernel may start, to wait for this one: where this one leaves multiprocessors free, at once; else CTAs
+ * of the next would crowd out some of its own. */
+enum { kNever = 0, kNearTheEnd = 1, kAtOnce = 2 };
 
 struct Problem {
     const float* logits;
@@ -49,11 +47,8 @@ struct Problem {
     int32_t block_size_shift;
     int32_t ctas_per_row; /* a power of two */
     int32_t ctas_per_row_log2;
-    int32_t lets_next_start; /* 0: no, 1: before the last phase, 2: at once */
-    bool is_aligned;      /* all rows start on 16 bytes */
-#ifdef DSA_TOPK_TUNING
-    long long* marks;
-#endif
+    int32_t lets_next_start;
+    bool is_aligned; /* all rows start on 16 bytes */
 };
 
 /* ---- order of scores as unsigned integers ---- */
@@ -261,7 +256,10 @@ __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t* warp
 template <bool kClustered>
 __device__ __forceinline__ void row_arrive() {
 #if DSA_TOPK_HOPPER
-    if (kClustered) cluster_arrive();
+    if (kClustered) {
+        __syncwarp();
+        cluster_arrive();
+    }
 #endif
 }
 
@@ -319,8 +317,9 @@ __device__ __forceinline__ void store_async_word(uint32_t remote, uint32_t value
 
 __device__ __forceinline__ void store_async_words(uint32_t remote, uint4 four, uint32_t remote_barrier) {
 #if DSA_TOPK_HOPPER
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
-                 "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w), "r"(remote_barrier)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :
+                 : "r"(remote), "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w), "r"(remote_barrier)
                  : "memory");
 #endif
 }

@@ -1,6 +1,6 @@
-/* Long rows, topk up to kMaxCandidateTopk: a sample of the row gives two scores, one that a few more than topk reach and
- * one that a few less exceed. Scores above both are kept at once, as bits; those between are collected, and the threshold
- * is found among them. The row is read once.
+/* Long rows, topk up to kMaxCandidateTopk: a sample of the row gives two scores, one that a few more than topk reach
+ * and one that a few less exceed. Scores above both are kept at once, as bits; those between are collected, and the
+ * threshold is found among them. The row is read once.
  *
  *   sample     the same scores in every CTA of the row
  *   collect    each CTA: bits of the sure scores of its part, keys and places of the uncertain ones in any order
@@ -8,8 +8,11 @@
  *   rank       every CTA finds the threshold and, from the CTAs before it, its first output place
  *   write      the kept ones become bits too; their prefix sum is the order of positions
  *
- * Nothing depends on the order in which scores were collected. Where the guess was wrong or the uncertain too many (long
- * runs of equal scores), all CTAs of the row see it from the same counts and select by digits instead.
+ * Nothing depends on the order in which scores were collected. Where the guess was wrong or the uncertain too many
+ * (long runs of equal scores), all CTAs of the row see it from the same counts and select by digits instead.
+ *
+ * A row is latency, not bandwidth: about 5 cycles for every instruction of a thread, whatever it waits for. Hence code
+ * without branches, no thread more than a tile needs, and no fence that waits for global memory.
  */
 #ifndef DSA_GPU_TOPK_SAMPLED_CUH_
 #define DSA_GPU_TOPK_SAMPLED_CUH_
@@ -25,7 +28,7 @@ namespace topk {
 constexpr int32_t kMaxCandidateTopk = 4096;
 constexpr int kSampleVectors = 512;
 constexpr int kSamples = 4 * kSampleVectors;
-constexpr uint32_t kGatheredKeys = 8192;  /* of a row shared by CTAs */
+constexpr uint32_t kGatheredKeys = 8192; /* of a row shared by CTAs */
 constexpr uint32_t kTooMany = ~0u;
 
 struct __align__(16) SampledShared {
@@ -108,7 +111,6 @@ __device__ __forceinline__ Guess guess_from_sample(const Problem& p, const Row& 
     Guess guess;
     uint32_t low;
     spread_of<kThreads>(shared.rank, largest, group, &guess.highest, &low);
-    MARK(10);
     const uint32_t width = guess.highest - low;
     low = low > width ? low - width : kNoKey + 1;
     const auto visit = [&](const auto& use) {
@@ -118,12 +120,11 @@ __device__ __forceinline__ Guess guess_from_sample(const Problem& p, const Row& 
     const Interval all = {kNoKey + 1, ~0u, rank_low, 0};
     const int shift = count_bins<kThreads>(shared.rank, visit, all, low, guess.highest);
     find_bins<kThreads>(shared.rank, rank_low, rank_high);
-    MARK(11);
     const uint32_t enough = rank_low / 8 + 8;
     Interval interval = interval_of(shared.rank.found[0], all, low, guess.highest, shift);
     const uint32_t high_bin = shared.rank.found[1].bin;
     guess.high = rank_high == 0 || high_bin == 0 ? ~0u : guess.highest - (high_bin << shift);
-    /* Scores above score_of_key(high) must be those with larger keys: not so below -inf, and for the key of no score. */
+    /* Scores above score_of_key(high) must be those with larger keys: not so below -inf, nor where no score has it. */
     guess.high = max(guess.high, kMinusInfinityKey);
     if (guess.high == kPlusZeroKey - 1) guess.high = kPlusZeroKey;
     if (interval.count > enough && interval.lowest != interval.highest) {
@@ -157,12 +158,13 @@ struct Limits {
     bool all;
 };
 
-/* One tile: bits of its sure scores, which are counted, and its uncertain ones behind those found before. Where those do
- * not fit, they are only counted. One prefix sum of the lanes' counts: a ballot for each score would wait for the
- * population count unit. */
+/* One tile: bits of its sure scores, whose number is returned, and its uncertain ones behind those found before. Where
+ * those do not fit, they are only counted. One prefix sum of the lanes' counts: a ballot for each score would wait for
+ * the population count unit. */
 template <int kTileVectors>
-__device__ __forceinline__ uint32_t collect(SampledShared& shared, const Found& found, uint32_t capacity, uint32_t vector,
-                                            const float (&scores)[kTileVectors][4], uint32_t valid, const Limits& limits) {
+__device__ __forceinline__ uint32_t collect(SampledShared& shared, const Found& found, uint32_t capacity,
+                                            uint32_t vector, const float (&scores)[kTileVectors][4], uint32_t valid,
+                                            const Limits& limits) {
     const uint32_t lane = threadIdx.x & 31;
     uint32_t reach = 0, sure = 0;
 #pragma unroll
@@ -210,11 +212,11 @@ __device__ __forceinline__ void collect_edge(SampledShared& shared, const Found&
 
 /* A CTA's part, a tile at a time; the first is loaded already. */
 template <int kThreads, int kTileVectors, bool kLoadsAhead>
-__device__ __forceinline__ void collect_part(SampledShared& shared, const Row& row, const Part& part, const Found& found,
-                                             uint32_t capacity, const Guess& guess, float (&scores)[kTileVectors][4],
-                                             uint32_t valid, int32_t vector, Edge& edge) {
-    const Limits limits = {score_of_key(guess.low), score_of_key(guess.high),
-                           guess.low <= kNanKey};
+__device__ __forceinline__ void collect_part(SampledShared& shared, const Row& row, const Part& part,
+                                             const Found& found, uint32_t capacity, const Guess& guess,
+                                             float (&scores)[kTileVectors][4], uint32_t valid, int32_t vector,
+                                             Edge& edge) {
+    const Limits limits = {score_of_key(guess.low), score_of_key(guess.high), guess.low <= kNanKey};
     uint32_t sure = 0;
     for (int32_t base = part.first;;) {
         base += kThreads * kTileVectors;
@@ -237,8 +239,8 @@ __device__ __forceinline__ void collect_part(SampledShared& shared, const Row& r
 
 /* ---- exchange ---- */
 
-/* Stores the keys of this CTA at gather + first of every CTA of the row, four at a time; what follows the last
- * is never looked at. */
+/* Stores the keys of this CTA at gather + first of every CTA of the row, four at a time; what follows the last is never
+ * looked at. */
 template <int kThreads>
 __device__ __forceinline__ void push_keys(const Found& mine, uint32_t* gather, uint32_t first, uint32_t cta,
                                           uint32_t num_ctas_log2, uint32_t barrier) {
@@ -272,10 +274,9 @@ __device__ __forceinline__ bool exchange(const Problem& p, SampledShared& shared
                                          Gathered* gathered) {
     const uint32_t thread = threadIdx.x, lane = thread & 31;
     const uint32_t num_ctas = p.ctas_per_row, region = kGatheredKeys >> p.ctas_per_row_log2;
-    const bool fits = mine.count <= capacity, sends = mine.count <= min(region, capacity);
     row_wait<true>(); /* the others run and have barriers */
-    MARK(12);
 #if DSA_TOPK_HOPPER
+    const bool fits = mine.count <= capacity, sends = mine.count <= min(region, capacity);
     const uint32_t barrier = shared_address(&shared.barrier);
     if (thread < num_ctas) {
         const uint32_t remote_barrier = remote_address(barrier, thread);
@@ -284,11 +285,8 @@ __device__ __forceinline__ bool exchange(const Problem& p, SampledShared& shared
                          fits ? mine.count | min(shared.num_sure, 0xFFFEu) << 16 : kTooMany, remote_barrier);
     }
     if (sends) push_keys<kThreads>(mine, gather, cta * region, cta, p.ctas_per_row_log2, barrier);
-    MARK(13);
     meanwhile();
-    MARK(14);
     barrier_wait_cluster(barrier, 0);
-    MARK(15);
 #endif
     const uint32_t both = lane < num_ctas ? shared.counts[lane] : 0;
     if (__any_sync(kFullWarp, both == kTooMany)) return false;
@@ -385,7 +383,7 @@ __device__ __forceinline__ Share share_of_counts(const SampledShared& shared, co
     return share;
 }
 
-/* The interval holds one value, and more than kFew keys. */
+/* The interval holds one value, and more than kFew keys, of which some are kept. */
 template <int kThreads>
 __device__ __noinline__ Share share_of_ties(SampledShared& shared, const Gathered gathered, uint32_t cta,
                                             const Interval interval) {
@@ -430,7 +428,8 @@ __device__ __noinline__ Share share_from_leader(const Problem& p, SampledShared&
         for (uint32_t other = thread >> 5; other < num_ctas; other += kThreads / 32) {
             const uint32_t word = lane < 16 ? shared.above[lane] : shared.equal[lane - 16];
             store_remote_word(remote_word(lane < 16 ? shared.above + lane : shared.equal + lane - 16, other), word);
-            if (lane < 2) store_remote_word(remote_word(shared.verdict + lane, other), lane ? ranked.ties_kept : ranked.key);
+            if (lane < 2)
+                store_remote_word(remote_word(shared.verdict + lane, other), lane ? ranked.ties_kept : ranked.key);
         }
     }
     row_sync<true>();
@@ -467,13 +466,10 @@ template <int kThreads>
 __device__ __forceinline__ Share rank_gathered(const Problem& p, SampledShared& shared, const Gathered& gathered,
                                                uint32_t cta, const Guess& guess) {
     const uint32_t lane = threadIdx.x & 31;
-    const auto visit = [&](const auto& use) {
-        visit_gathered<kThreads>(shared, gathered, use);
-    };
+    const auto visit = [&](const auto& use) { visit_gathered<kThreads>(shared, gathered, use); };
     Interval interval = {guess.low, guess.high, (uint32_t)p.topk - gathered.sure, 0};
     interval = narrow<kThreads>(shared.rank, visit, interval, guess.low, min(guess.high, max(guess.highest, guess.low)),
                                 kFew);
-    MARK(7);
     if (interval.is_kept()) {
         uint32_t above = 0;
         visit_regions<kThreads>(shared, gathered, [&](uint32_t owner, const auto& visit) {
@@ -525,7 +521,8 @@ __device__ __noinline__ uint32_t last_tie(SampledShared& shared, const Found min
 
 /* Calls act(order, place) for every bit: order counts the bits at smaller places. Returns their number. */
 template <int kThreads, class Act>
-__device__ __forceinline__ uint32_t in_order(SampledShared& shared, const uint32_t* bits, uint32_t num_words, const Act& act) {
+__device__ __forceinline__ uint32_t in_order(SampledShared& shared, const uint32_t* bits, uint32_t num_words,
+                                             const Act& act) {
     const uint32_t thread = threadIdx.x;
     if (num_words <= kThreads) {
         /* Every thread has at most a word: 8, 16 or 32 bits, so that as many as possible have some. */
@@ -568,7 +565,6 @@ __device__ __forceinline__ void write_selected(const Problem& p, const Row& row,
     const uint32_t count = in_order<kThreads>(
         shared, mine.bits, num_words, [&](uint32_t order, uint32_t place) { staged[order] = first + (int32_t)place; });
     __syncthreads();
-    MARK(8);
     if (kClustered) {
         int32_t* positions = p.positions + t * p.topk + share.first_output;
         int32_t* slots = p.slot_ids + t * p.topk + share.first_output;
@@ -587,8 +583,8 @@ __device__ __forceinline__ void write_selected(const Problem& p, const Row& row,
 
 /* kCtas: of a multiprocessor. With four, their warps hide the loads, and a tile ahead would need too many registers. */
 template <int kThreads, int kTileVectors, bool kClustered, int kCtas>
-__global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
-    const __grid_constant__ Problem p, const __grid_constant__ Room room) {
+__global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(const __grid_constant__ Problem p,
+                                                                       const __grid_constant__ Room room) {
     if (kClustered && !DSA_TOPK_HOPPER) return; /* never launched */
     extern __shared__ __align__(16) uint8_t memory[];
     SampledShared& shared = *(SampledShared*)memory;
@@ -599,26 +595,24 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     int32_t* staged = entries + room.table;
     uint32_t* gather = (uint32_t*)(staged + room.staged);
 
-    MARK(0);
     const int32_t thread = threadIdx.x;
     const int32_t num_ctas = kClustered ? p.ctas_per_row : 1;
     const int32_t cta = kClustered ? blockIdx.x & (num_ctas - 1) : 0;
     const int64_t t = kClustered ? blockIdx.x >> p.ctas_per_row_log2 : blockIdx.x;
 #if DSA_TOPK_HOPPER
     wait_for_previous_kernel();
-    if (p.lets_next_start == 2) let_next_kernel_start();
 #endif
     const Row row = row_of(p, t);
     if (row.length <= p.topk) {
         write_whole_row(p, row, t, cta * kThreads + thread, num_ctas * kThreads);
         return;
     }
-    MARK(1);
 #if DSA_TOPK_HOPPER
     if (kClustered && thread == 0) {
         barrier_init(shared_address(&shared.barrier), num_ctas);
         barrier_init_fence();
     }
+    __syncwarp();
 #endif
     row_arrive_relaxed<kClustered>();
     const Part part = part_of(row, cta, kClustered ? p.ctas_per_row_log2 : 0);
@@ -639,15 +633,12 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     if (thread == 0) shared.num_sure = shared.num_uncertain = shared.above_before = 0;
     __syncthreads();
 
-    MARK(2);
     Guess guess = {kNoKey + 1, ~0u, 0xFF800000u, kNoKey};
     if (sampled) guess = guess_from_sample<kThreads, kEach>(p, row, shared, sample);
-    MARK(3);
-    collect_part<kThreads, kTileVectors, (kCtas < 4 || kTileVectors == 2)>(shared, row, part, mine, room.capacity, guess, scores, valid, vector,
-                                                     edge);
+    collect_part<kThreads, kTileVectors, (kCtas < 4)>(shared, row, part, mine, room.capacity, guess, scores, valid,
+                                                      vector, edge);
     __syncthreads();
     mine.count = shared.num_uncertain;
-    MARK(4);
     Gathered gathered = {};
     Table table;
     const auto start = [&] {
@@ -662,7 +653,6 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
         const uint32_t sure = shared.num_sure, topk = (uint32_t)p.topk;
         good = mine.count <= (uint32_t)room.capacity && sure < topk && sure + mine.count >= topk;
     }
-    MARK(5);
     if (!good) {
         select_by_digits<kThreads, kClustered>(p, row, t, cta, guess.plateau, shared.radix);
         return;
@@ -675,18 +665,16 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(
     else
         share = share_from_leader<kThreads>(p, shared, mine, gather, cta, gathered, guess);
 #if DSA_TOPK_HOPPER
-    if (p.lets_next_start == 1) let_next_kernel_start();
+    if (p.lets_next_start == kNearTheEnd) let_next_kernel_start();
 #endif
-    MARK(6);
     /* The gathered keys are not needed any more. */
     write_selected<kThreads, kClustered>(p, row, t, shared, mine, part, edge, share, table,
                                          kClustered ? (int32_t*)gather : staged);
-    MARK(9);
 }
 
 /* topk beyond kMaxCandidateTopk. */
 template <int kThreads, bool kClustered>
-__global__ __launch_bounds__(kThreads) void topk_digits_kernel(const __grid_constant__ Problem p) {
+__global__ __launch_bounds__(kThreads, 1) void topk_digits_kernel(const __grid_constant__ Problem p) {
     if (kClustered && !DSA_TOPK_HOPPER) return; /* never launched */
     __shared__ RadixShared shared;
     const int32_t num_ctas = kClustered ? p.ctas_per_row : 1;

@@ -20,7 +20,6 @@ struct ShortShared {
 template <int kThreads, int kVectors>
 __device__ __forceinline__ void select_short(const Problem& p, const Row& row, int64_t t, ShortShared& shared,
                                              int32_t* staged) {
-    MARK(1);
     const Part part = {0, row.num_vectors()};
     const int32_t vector = first_vector_of_thread<kVectors>(part);
     float scores[kVectors][4];
@@ -47,20 +46,17 @@ __device__ __forceinline__ void select_short(const Problem& p, const Row& row, i
         largest = max(largest, keys[j]);
         smallest = min(smallest, keys[j] - 1); /* no key: the largest number */
     }
-    MARK(2);
     uint32_t high, low;
     spread_of<kThreads>(shared.rank, largest, smallest, &high, &low);
     ++low;
-    MARK(3);
     const auto visit = [&](const auto& use) {
 #pragma unroll
         for (int j = 0; j < 4 * kVectors; ++j) use(keys[j]);
     };
     const Interval all = {low, high, (uint32_t)p.topk, 0};
     const Ranked threshold = key_of_rank<kThreads>(shared.rank, visit, all, low, high);
-    MARK(6);
 #if DSA_TOPK_HOPPER
-    if (p.lets_next_start == 1) let_next_kernel_start();
+    if (p.lets_next_start == kNearTheEnd) let_next_kernel_start();
 #endif
 
     uint32_t chosen = 0;
@@ -87,19 +83,16 @@ __device__ __forceinline__ void select_short(const Problem& p, const Row& row, i
     }
     copy_async_wait_all();
     __syncthreads();
-    MARK(8);
     write_staged<kThreads>(p, row, t, table, staged);
-    MARK(9);
 }
 
 template <int kThreads, int kVectors>
 __global__ __launch_bounds__(kThreads, 1024 / kThreads) void topk_short_kernel(const __grid_constant__ Problem p) {
     __shared__ ShortShared shared;
     extern __shared__ int4 staged_memory[]; /* [topk] int32 */
-    MARK(0);
 #if DSA_TOPK_HOPPER
     wait_for_previous_kernel();
-    if (p.lets_next_start == 2) let_next_kernel_start();
+    if (p.lets_next_start == kAtOnce) let_next_kernel_start();
 #endif
     const int64_t t = blockIdx.x;
     const Row row = row_of(p, t);

@@ -13,19 +13,15 @@ namespace {
 using topk::Problem;
 using topk::Room;
 
-constexpr int32_t kLeastCapacity = 1024;
-constexpr int64_t kLongestPart = 1 << 20; /* more bits than that fit no shared memory */
 constexpr int32_t kLongestRow = INT32_MAX - (1 << 20); /* places of a tile behind a row's end fit int32 */
-constexpr int32_t kUsualCtasPerRow = 8; /* what a cluster may have everywhere */
+constexpr int64_t kLongestPart = 1 << 20;              /* its bits fit shared memory */
+constexpr int32_t kLeastCapacity = 1024;               /* uncertain scores */
 constexpr int32_t kLeastPartLength = 1024;
-constexpr int32_t kLongLength = 32768;
-constexpr int32_t kTileLength = 8192; /* of 512 threads */
-constexpr int32_t kFewRows = 4;       /* as many as have clusters of 16 CTAs side by side everywhere */
-
-#ifdef DSA_TOPK_TUNING
-int g_ctas = 0, g_threads = 0, g_overlap = 0, g_path = 0, g_capacity = 0;
-long long* g_marks = nullptr;
-#endif
+constexpr int32_t kTileLength = 8192;   /* of 512 threads */
+constexpr int32_t kLongLength = 32768;  /* from here on a tile ahead is worth more than a fourth CTA */
+constexpr int32_t kUsualCtasPerRow = 8; /* what a cluster may have on every device */
+constexpr int32_t kFewRows = 4;         /* that can have clusters of 16 CTAs side by side on a whole device */
+constexpr int32_t kWholeDevice = 100;   /* multiprocessors */
 
 dsa_status check(const dsa_topk_slots_params& p) {
     if (p.topk < 1 || !is_count(p.logits_width) || !is_count(p.num_tokens)) return DSA_BAD_SHAPE;
@@ -65,18 +61,12 @@ Problem problem_of(const dsa_topk_slots_params& p) {
     problem.ctas_per_row = 1;
     /* Rows that start on 16 bytes fill vectors from their first score on. */
     problem.is_aligned = (uintptr_t)p.logits % 16 == 0 && problem.logits_stride % 4 == 0;
-#ifdef DSA_TOPK_TUNING
-    problem.marks = g_marks;
-#endif
     return problem;
 }
 
-/* As many CTAs as keep every multiprocessor busy, and no part too short to be worth one. */
+/* As many CTAs as keep every multiprocessor busy, and no part too short to be worth one; a power of two. */
 int32_t ctas_per_row(const Device& device, int64_t num_rows, int32_t length) {
     if (!device.has_hopper_instructions) return 1;
-#ifdef DSA_TOPK_TUNING
-    if (g_ctas) return g_ctas;
-#endif
     int32_t ctas = 1;
     while (ctas < kUsualCtasPerRow && length / (2 * ctas) >= kLeastPartLength) {
         /* Clusters of four and more leave some multiprocessors of a group unused. */
@@ -84,13 +74,9 @@ int32_t ctas_per_row(const Device& device, int64_t num_rows, int32_t length) {
         if (2 * ctas * num_rows > usable) break;
         ctas *= 2;
     }
-    if (num_rows <= kFewRows && length > kTileLength * ctas) ctas *= 2;
+    if (num_rows <= kFewRows && device.num_multiprocessors >= kWholeDevice && length > kTileLength * ctas) ctas *= 2;
     return ctas;
 }
-
-/* The next kernel may wait on multiprocessors that this one leaves free; where there are none, it would crowd out CTAs
- * of its own, and starts near the end. */
-int32_t lets_next_start(const Device& device, int64_t num_ctas) { return 2 * num_ctas <= device.num_multiprocessors ? 2 : 1; }
 
 template <typename... Params>
 dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, int32_t cluster, int32_t shared_bytes,
@@ -114,11 +100,8 @@ dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, 
         attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
         ++config.numAttrs;
     }
-    bool overlaps = true;
-#ifdef DSA_TOPK_TUNING
-    overlaps = g_overlap != 3;
-#endif
-    if (overlaps && device.has_hopper_instructions) {
+    /* The launch itself overlaps the end of the kernel before; the kernels wait for its results. */
+    if (device.has_hopper_instructions) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         ++config.numAttrs;
@@ -128,11 +111,12 @@ dsa_status launch(void (*kernel)(Params...), int64_t num_ctas, int32_t threads, 
     return launched(stream);
 }
 
+/* Bytes: 4 a score six times, most of them from L2; 8 a kept position. */
 dsa_status launch_digits(const Problem& p, int64_t num_rows, const Device& device, cudaStream_t stream) {
     if (p.ctas_per_row > 1)
-        return launch(topk::topk_digits_kernel<1024, true>, num_rows * p.ctas_per_row, 1024, p.ctas_per_row, 0, device,
+        return launch(topk::topk_digits_kernel<512, true>, num_rows * p.ctas_per_row, 512, p.ctas_per_row, 0, device,
                       stream, p);
-    return launch(topk::topk_digits_kernel<1024, false>, num_rows, 1024, 1, 0, device, stream, p);
+    return launch(topk::topk_digits_kernel<512, false>, num_rows, 512, 1, 0, device, stream, p);
 }
 
 /* Uncertain scores of a row of the longest length, 3.5 standard deviations above their expected number. */
@@ -141,7 +125,8 @@ int32_t uncertain_scores(const Problem& p) {
     const double expected = p.topk / each, margin = 4 * sqrt(expected) + 4;
     const bool has_sure = expected > margin + 1;
     const double ranks = has_sure ? 2 * margin + 1 : expected + margin;
-    return (int32_t)(each * (ranks + 3.5 * sqrt(has_sure ? 2 * expected : ranks))) + 64;
+    const int32_t scores = (int32_t)(each * (ranks + 3.5 * sqrt(has_sure ? 2 * expected : ranks))) + 64;
+    return scores > kLeastCapacity ? scores : kLeastCapacity;
 }
 
 int32_t round_up(int32_t number, int32_t multiple) { return (number + multiple - 1) / multiple * multiple; }
@@ -158,66 +143,52 @@ dsa_status launch_sampled(const Problem& p, int64_t num_rows, const Device& devi
     room.table = entries < topk::kMaxTableEntries ? round_up((int32_t)entries, 4) : topk::kMaxTableEntries;
     room.staged = kClustered ? 0 : round_up(p.topk, 4);
     room.gathered = kClustered ? (int32_t)topk::kGatheredKeys : 0;
-#ifdef DSA_TOPK_TUNING
-    if (g_capacity) room.capacity = g_capacity;
-#endif
-    const int32_t fixed = (int32_t)sizeof(topk::SampledShared) + 4 * (room.bits + room.table + room.staged + room.gathered);
+    const int32_t words = room.bits + room.table + room.staged + room.gathered;
+    const int32_t fixed = (int32_t)sizeof(topk::SampledShared) + 4 * words;
     const int32_t affordable = (device.max_shared_bytes - fixed) / 8 & ~31;
     if (affordable < room.capacity) room.capacity = affordable;
     if (room.capacity < kLeastCapacity) return launch_digits(p, num_rows, device, stream);
     /* Bytes: 4 a score once, 8 a kept position. */
-    return launch(topk::topk_sampled_kernel<kThreads, kVectors, kClustered, kCtas>, num_rows * p.ctas_per_row, kThreads, p.ctas_per_row,
-                  fixed + 8 * room.capacity, device, stream, p, room);
+    return launch(topk::topk_sampled_kernel<kThreads, kVectors, kClustered, kCtas>, num_rows * p.ctas_per_row, kThreads,
+                  p.ctas_per_row, fixed + 8 * room.capacity, device, stream, p, room);
 }
 
 template <int kThreads, int kVectors>
 dsa_status launch_short(const Problem& p, int64_t num_rows, const Device& device, cudaStream_t stream) {
     const int32_t staged = round_up(p.topk < p.max_length ? p.topk : p.max_length, 4);
+    /* Bytes: 4 a score once, 8 a kept position. */
     return launch(topk::topk_short_kernel<kThreads, kVectors>, num_rows, kThreads, 1, 4 * staged, device, stream, p);
 }
 
 /* Scores that fit a tile. */
 int32_t short_length(const Problem& p, int32_t vectors) { return 4 * vectors - (p.is_aligned ? 0 : 3); }
 
-dsa_status select(const Problem& problem, int64_t num_rows, const Device& device, cudaStream_t stream) {
-    Problem p = problem;
+/* Rows whose scores fit the registers of a CTA. */
+dsa_status select_short(Problem p, int64_t num_rows, const Device& device, cudaStream_t stream) {
+    p.lets_next_start = num_rows <= device.num_multiprocessors ? topk::kAtOnce : topk::kNearTheEnd;
+    if (p.max_length > short_length(p, 1024)) return launch_short<512, 4>(p, num_rows, device, stream);
+    /* More warps are sooner done with a row, fewer do more rows at a time. */
+    if (num_rows <= 2 * device.num_multiprocessors) return launch_short<512, 2>(p, num_rows, device, stream);
+    return launch_short<256, 4>(p, num_rows, device, stream);
+}
+
+dsa_status select(Problem p, int64_t num_rows, const Device& device, cudaStream_t stream) {
     if (p.max_length > kLongestRow) return DSA_UNSUPPORTED;
-    int path = 0;
-    int threads = 0;
-    int next_start = 0;
-    p.lets_next_start = lets_next_start(device, num_rows);
-#ifdef DSA_TOPK_TUNING
-    path = g_path;
-    threads = g_threads;
-    next_start = g_overlap;
-    if (next_start == 1 || next_start == 2) p.lets_next_start = next_start;
-    if (next_start == 4) p.lets_next_start = 0;
-#endif
-    if (path == 0 || path == 3) {
-        if (p.max_length <= short_length(p, 1024)) {
-            if (threads == 0) threads = num_rows > 2 * device.num_multiprocessors ? 256 : 512;
-            if (threads == 256) return launch_short<256, 4>(p, num_rows, device, stream);
-            return launch_short<512, 2>(p, num_rows, device, stream);
-        }
-        if (p.max_length <= short_length(p, 2048)) return launch_short<512, 4>(p, num_rows, device, stream);
-        if (path == 3 && p.max_length <= short_length(p, 4096)) return launch_short<1024, 4>(p, num_rows, device, stream);
-    }
+    if (p.max_length <= short_length(p, 2048)) return select_short(p, num_rows, device, stream);
     p.ctas_per_row = ctas_per_row(device, num_rows, p.max_length);
     while (1 << p.ctas_per_row_log2 < p.ctas_per_row) ++p.ctas_per_row_log2;
-    if (next_start == 0) p.lets_next_start = lets_next_start(device, num_rows * p.ctas_per_row);
-    const bool clustered = p.ctas_per_row > 1;
-    if (path == 2 || p.topk > topk::kMaxCandidateTopk) return launch_digits(p, num_rows, device, stream);
-    if (threads == 0)
-        threads = num_rows * p.ctas_per_row <= device.num_multiprocessors ? 512 : p.max_length < kLongLength ? 256 : 257;
-    if (clustered && threads == 259) return launch_sampled<256, 4, true, 1>(p, num_rows, device, stream);
-    if (clustered && threads == 260) return launch_sampled<256, 2, true, 1>(p, num_rows, device, stream);
-    if (clustered && p.max_length <= 4096 * p.ctas_per_row && threads != 514)
-        return launch_sampled<512, 2, true, 1>(p, num_rows, device, stream);
-    if (clustered) return launch_sampled<512, 4, true, 1>(p, num_rows, device, stream);
-    if (threads == 256) return launch_sampled<256, 4, false, 4>(p, num_rows, device, stream);
-    if (threads == 258) return launch_sampled<256, 2, false, 4>(p, num_rows, device, stream);
-    if (threads == 257) return launch_sampled<256, 4, false, 3>(p, num_rows, device, stream);
-    return launch_sampled<512, 4, false, 1>(p, num_rows, device, stream);
+    if (p.topk > topk::kMaxCandidateTopk) return launch_digits(p, num_rows, device, stream);
+    p.lets_next_start = topk::kNearTheEnd;
+    if (p.ctas_per_row > 1) {
+        /* As few threads as have one tile each: every warp more is one more to issue the same instructions. */
+        const int32_t part = p.max_length / p.ctas_per_row;
+        if (part <= 2048) return launch_sampled<256, 2, true, 1>(p, num_rows, device, stream);
+        if (part <= 4096) return launch_sampled<256, 4, true, 1>(p, num_rows, device, stream);
+        return launch_sampled<512, 4, true, 1>(p, num_rows, device, stream);
+    }
+    if (num_rows <= device.num_multiprocessors) return launch_sampled<512, 4, false, 1>(p, num_rows, device, stream);
+    if (p.max_length < kLongLength) return launch_sampled<256, 4, false, 4>(p, num_rows, device, stream);
+    return launch_sampled<256, 4, false, 3>(p, num_rows, device, stream);
 }
 
 }  // namespace
@@ -235,15 +206,3 @@ dsa_status dsa_topk_slots_cuda(const dsa_topk_slots_params* params, void* stream
     return dsa::gpu::select(dsa::gpu::problem_of(*params), params->num_tokens, device, (cudaStream_t)stream);
 }
 
-#ifdef DSA_TOPK_TUNING
-extern "C" __attribute__((visibility("default"))) void set_marks(void* marks) {
-    dsa::gpu::g_marks = (long long*)marks;
-}
-extern "C" __attribute__((visibility("default"))) void tune(int ctas, int threads, int overlap, int path, int capacity) {
-    dsa::gpu::g_ctas = ctas;
-    dsa::gpu::g_threads = threads;
-    dsa::gpu::g_overlap = overlap;
-    dsa::gpu::g_path = path;
-    dsa::gpu::g_capacity = capacity;
-}
-#endif

@@ -83,8 +83,8 @@ __device__ __forceinline__ int32_t edge_place(const Row& row, const Part& part) 
 __device__ __forceinline__ int32_t place_in_tile(int32_t vector, int j) { return 4 * (vector + 32 * (j / 4)) + j % 4; }
 
 /* Output places of a warp's scores, which lie vector by vector: first[v] is that of the first chosen one of this
- * thread's vector v. Bit 4 * v + i of `chosen` is score i of vector v. total: of the CTA, may be null. warp_totals as for
- * exclusive_sum. */
+ * thread's vector v. Bit 4 * v + i of `chosen` is score i of vector v. total: of the CTA, may be null. warp_totals as
+ * for exclusive_sum. */
 template <int kThreads, int kVectors>
 __device__ __forceinline__ void places_of(uint32_t chosen, uint32_t* warp_totals,
                                           uint32_t (&first)[kVectors], uint32_t* total) {
