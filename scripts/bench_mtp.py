@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -230,7 +231,7 @@ def main() -> None:
                 choices = [Choice(3, adaptive=True), Choice(3, adaptive=False)]
             results += measure(options, workload, batch, choices)
     if options.markdown is not None:
-        command = f"python scripts/bench_mtp.py --markdown {options.markdown}"
+        command = " ".join(["python scripts/bench_mtp.py", *sys.argv[1:]])
         options.markdown.write_text(page(results, load, command), encoding="utf-8")
 
 

@@ -12,6 +12,11 @@
 
 #include "dsa/common.h"
 
+/* Whether sm_90a is among the architectures of this build; the build says so, and by default it is. */
+#ifndef DSA_HAS_SM90
+#define DSA_HAS_SM90 1
+#endif
+
 namespace dsa {
 namespace gpu {
 
@@ -46,7 +51,7 @@ static inline dsa_status device(Device* found) {
         if (error != cudaSuccess) return status_of(error);
         known[ordinal].num_multiprocessors = multiprocessors;
         known[ordinal].max_shared_bytes = shared_bytes;
-        known[ordinal].has_hopper_instructions = major == 9 && minor == 0;
+        known[ordinal].has_hopper_instructions = DSA_HAS_SM90 && major == 9 && minor == 0;
         __atomic_store_n(&known[ordinal].architecture, 10 * major + minor, __ATOMIC_RELEASE);
     }
     *found = known[ordinal];

@@ -79,11 +79,13 @@ dsa_status dsa_sparse_mla_cuda(const dsa_sparse_mla_params* params, void* stream
     Device found = {};
     status = device(&found);
     if (status != DSA_OK) return status;
-    switch (choose(p, found)) {
-        case Kernel::kRows:
-            return sparse_mla_sm90_rows(p, found, p.batch_invariant != 0 ? kInvariantRowsHint : p.num_tokens,
-                                        (cudaStream_t)stream);
-        case Kernel::kHeads: return sparse_mla_sm90_heads(p, found, (cudaStream_t)stream);
-        default: return sparse_mla_generic(p, found, (cudaStream_t)stream);
+    /* A Hopper kernel that has no room for a size (a cache of 64 GiB, 2^31 blocks) says so before it launches. */
+    const Kernel kernel = choose(p, found);
+    status = DSA_UNSUPPORTED;
+    if (kernel == Kernel::kHeads) status = sparse_mla_sm90_heads(p, found, (cudaStream_t)stream);
+    if (kernel != Kernel::kGeneric && status == DSA_UNSUPPORTED) {
+        const int64_t num_rows = p.batch_invariant != 0 ? kInvariantRowsHint : p.num_tokens;
+        status = sparse_mla_sm90_rows(p, found, num_rows, (cudaStream_t)stream);
     }
+    return status == DSA_UNSUPPORTED ? sparse_mla_generic(p, found, (cudaStream_t)stream) : status;
 }

@@ -427,7 +427,8 @@ __device__ __noinline__ Share share_from_leader(const Problem& p, SampledShared&
         __syncthreads();
         for (uint32_t other = thread >> 5; other < num_ctas; other += kThreads / 32) {
             const uint32_t word = lane < 16 ? shared.above[lane] : shared.equal[lane - 16];
-            store_remote_word(remote_word(lane < 16 ? shared.above + lane : shared.equal + lane - 16, other), word);
+            if (other != cta)
+                store_remote_word(remote_word(lane < 16 ? shared.above + lane : shared.equal + lane - 16, other), word);
             if (lane < 2)
                 store_remote_word(remote_word(shared.verdict + lane, other), lane ? ranked.ties_kept : ranked.key);
         }

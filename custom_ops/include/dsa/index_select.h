@@ -1,5 +1,5 @@
 /* indexer_logits followed by topk_slots, row block by row block, so that the scores of at most max_logits_bytes exist
- * at a time. Results are bit for bit those of the two ops; rows with lengths[t] <= topk are never scored. Wrong values
+ * at a time. Results are bit for bit those of the two ops; rows with lengths[t] <= topk need no scores. Wrong values
  * on CUDA: as the two ops.
  *
  * Source: rules S51 to S56 and S61 of the DSA data flow.

@@ -6,6 +6,7 @@
  *   Columns from lengths[t] on are not written. A block id outside the cache: the score is NaN (ranks last).
  *   The order of the sums depends on the shape of one (row, key) pair only: never on num_tokens, on the tile a row
  *   falls into, or on its neighbours.
+ *   CUDA on Hopper, fp8: tensor cores keep about 13 bits below the largest product of 32; elsewhere sums are float32.
  *
  * Cost: 2 * index_n_heads * index_head_dim FLOP per score; every key of a context is read once per tile of rows.
  * Source: DeepSeek-V3.2 inference code (indexer), rules S30 to S33 of the DSA data flow.

@@ -7,8 +7,8 @@
  *   The order of the sums depends on the row's valid ids only, never on num_tokens or on the row's neighbours. On CUDA
  *   it depends on the row's slot_ids and count, and on the kernel, which is chosen by num_tokens, num_heads and topk
  *   unless batch_invariant is set (rules S72, S73).
- *   CUDA, bfloat16 queries over an fp8 cache: exp(z_i - m) enters the sum of out rounded to bfloat16; all sums are
- *   float32. Elsewhere everything is float32.
+ *   CUDA, bfloat16 queries over an fp8 cache: exp(z_i - m) enters the sum of out rounded to bfloat16 or finer, scores
+ *   may use e4m3 * scale unrounded; all sums are float32. Elsewhere everything is float32.
  *
  * Cost per row: counts * num_heads * 2 * (2 * kv_lora_rank + qk_rope_head_dim) FLOP, counts * row bytes read.
  * Source: DeepSeek-V3.2 technical report, rules S67 to S73 of the DSA data flow.
