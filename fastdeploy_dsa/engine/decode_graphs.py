@@ -157,7 +157,7 @@ class DecodeGraphs:
                 hidden = self._forward(step)
             finally:
                 graph.capture_end()
-        except (RuntimeError, ValueError, OSError, SystemError) as error:  # Paddle raises any of them
+        except (RuntimeError, ValueError, OSError, SystemError, MemoryError) as error:  # Paddle raises any of them
             self._has_failed = True
             _LOGGER.warning("decode steps are not captured: %s", error)
             return

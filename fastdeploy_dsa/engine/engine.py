@@ -34,8 +34,9 @@ _DEFAULT_MAX_NUM_SEQS = 32
 class LLM:
     """Loads a model once and continues any number of prompts, many at a time.
 
-    The tokens of a request depend on its prompt, its sampling parameters and its seed, never on what else runs, on the
-    size of the steps or on the number of threads. With drafts, greedy tokens are the same; random ones are others.
+    On the CPU the tokens of a request depend on its prompt, its sampling parameters and its seed, never on what else
+    runs, on the size of the steps or on the number of threads. With drafts, greedy tokens are the same; random ones
+    are others.
 
     One thread at a time may use an LLM. Several `stream` iterators may be open at once; every step advances them all.
     """

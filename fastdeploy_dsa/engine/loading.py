@@ -178,7 +178,8 @@ def load_runner(
         controller.caches,
         block_size=options.block_size,
         decode_limits=decode_limits,
-        make_graph=paddle_graphs(options.device, model.capture_refusal),
+        # A draft model keeps hidden states over several steps; a graph's next replay would overwrite them.
+        make_graph=None if drafts else paddle_graphs(options.device, model.capture_refusal),
     )
     draft_runner = None
     if draft_models:
