@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 
 from fastdeploy_dsa import LLM, SamplingParams
-from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.installation import DEMO_MODEL
 from fastdeploy_dsa.step import StepMetadata
 

@@ -91,13 +91,11 @@ def test_the_benchmark_page_was_made_on_an_idle_machine_and_keeps_its_promises()
     assert {name: figures for name, figures in promised.items() if figures[0] < figures[1]} == {}
 
 
-def test_the_page_of_drafting_keeps_its_promises_once_it_is_written() -> None:
-    page = ROOT / "docs" / "mtp_benchmarks.md"  # scripts/bench_mtp.py writes it on an idle machine
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    assert "BUSY" not in text
+def test_drafting_keeps_what_the_page_promises() -> None:
+    text = (ROOT / "docs" / "mtp.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count(" | ") == 9]
     promised = {tuple(row[:3]): (float(row[7].split()[0]), row[8]) for row in rows if row[8][:1].isdigit()}
-    assert bool(promised) == page.exists()
+    assert len(promised) == 6  # 1 to 4 drafts for one request; wrong drafts for 1 and 8
     assert {name: figures for name, figures in promised.items() if figures[0] < float(figures[1])} == {}
 
 

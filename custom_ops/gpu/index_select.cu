@@ -1,9 +1,7 @@
 #include "dsa/index_select.h"
 
-#include "dsa/indexer_logits.h"
-#include "dsa/topk_slots.h"
+#include "index_select_parts.h"
 #include "launch.h"
-#include "sizes.h"
 
 namespace dsa {
 namespace gpu {
@@ -27,14 +25,6 @@ struct Plan {
     size_t bytes() const { return logits_bytes + scored_bytes + scratch_bytes; }
 };
 
-size_t round_up_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-/* Columns of the score rows: a row is never longer than its blocks, whatever max_length says. */
-int64_t score_width(const dsa_index_select_params& p) {
-    const int64_t capacity = p.max_blocks * p.block_size;
-    return p.max_length < capacity ? p.max_length : capacity;
-}
-
 bool needs_scores(const dsa_index_select_params& p) { return score_width(p) > p.topk; }
 
 /* Scoring the short ones of a few rows takes less than a launch to leave them out; nobody reads those scores. */
@@ -44,42 +34,9 @@ bool leaves_out_short_rows(const dsa_index_select_params& p, int64_t num_rows) {
     return num_rows * p.topk > kFewScores;
 }
 
-dsa_indexer_logits_params logits_params(const dsa_index_select_params& p, const Plan& plan) {
-    dsa_indexer_logits_params q = {};
-    q.index_cache = p.index_cache;
-    q.block_table = p.block_table;
-    q.block_stride_bytes = p.block_stride_bytes;
-    q.logits_stride = plan.logits_stride;
-    q.logits_width = score_width(p);
-    q.num_blocks = p.num_blocks;
-    q.num_tokens = plan.rows_per_pass;
-    q.num_requests = p.num_requests;
-    q.max_blocks = p.max_blocks;
-    q.block_size = p.block_size;
-    q.index_n_heads = p.index_n_heads;
-    q.index_head_dim = p.index_head_dim;
-    q.cache_format = p.cache_format;
-    return q;
-}
-
-dsa_topk_slots_params topk_params(const dsa_index_select_params& p, const Plan& plan) {
-    dsa_topk_slots_params q = {};
-    q.block_table = p.block_table;
-    q.logits_stride = plan.logits_stride;
-    q.logits_width = score_width(p);
-    q.num_blocks = p.num_blocks;
-    q.num_tokens = plan.rows_per_pass;
-    q.num_requests = p.num_requests;
-    q.max_blocks = p.max_blocks;
-    q.block_size = p.block_size;
-    q.topk = p.topk;
-    return q;
-}
-
 Plan make_plan(const dsa_index_select_params& p) {
     Plan plan = {};
-    /* Rows start on cache lines. */
-    plan.logits_stride = (int64_t)(round_up_to_line((size_t)score_width(p) * sizeof(float)) / sizeof(float));
+    plan.logits_stride = score_stride(p);
     const int64_t row_bytes = plan.logits_stride * (int64_t)sizeof(float);
     /* No upper bound but the budget: rows are what the device runs side by side. */
     const int64_t affordable = row_bytes > 0 && needs_scores(p) ? p.max_logits_bytes / row_bytes : p.num_tokens;
@@ -88,31 +45,18 @@ Plan make_plan(const dsa_index_select_params& p) {
     if (needs_scores(p)) {
         plan.logits_bytes = (size_t)(plan.rows_per_pass * row_bytes);
         plan.scored_bytes = round_up_to_line((size_t)plan.rows_per_pass * sizeof(int32_t));
-        const dsa_indexer_logits_params logits = logits_params(p, plan);
+        const dsa_indexer_logits_params logits = logits_params(p, plan.rows_per_pass);
         plan.scratch_bytes = dsa_indexer_logits_cuda_workspace_bytes(&logits);
     }
-    const dsa_topk_slots_params topk = topk_params(p, plan);
+    const dsa_topk_slots_params topk = topk_params(p, plan.rows_per_pass);
     const size_t topk_scratch = dsa_topk_slots_cuda_workspace_bytes(&topk);
     if (plan.scratch_bytes < topk_scratch) plan.scratch_bytes = topk_scratch;
     return plan;
 }
 
-dsa_status check_sizes(const dsa_index_select_params& p) {
-    const dsa_status cache_status =
-        check_index_cache(p.cache_format, p.num_blocks, p.block_stride_bytes, p.block_size, p.index_head_dim);
-    if (cache_status != DSA_OK) return cache_status;
-    if (!index_rows_fit(p.num_tokens, p.index_n_heads, p.index_head_dim)) return DSA_BAD_SHAPE;
-    if (!is_count(p.max_length) || !is_count(p.max_blocks)) return DSA_BAD_SHAPE;
-    if (p.max_logits_bytes < 0 || p.topk < 1) return DSA_BAD_SHAPE;
-    if (!product_fits(p.num_tokens, p.topk, (int64_t)sizeof(int32_t))) return DSA_BAD_SHAPE;
-    return DSA_OK;
-}
-
 dsa_status check(const dsa_index_select_params& p) {
-    if (const dsa_status status = check_sizes(p)) return status;
-    if (p.num_tokens > 0 && (!p.positions || !p.slot_ids || !p.counts)) return DSA_NULL_POINTER;
-    if (p.num_tokens > 0 && (!p.query || !p.folded_weights)) return DSA_NULL_POINTER;
-    if (p.num_blocks > 0 && !p.index_cache) return DSA_NULL_POINTER;
+    if (const dsa_status status = check_index_select_sizes(p)) return status;
+    if (const dsa_status status = check_index_select_arrays(p)) return status;
     if (!is_count(p.num_requests) || p.block_size <= 0) return DSA_BAD_SHAPE;
     if (!product_fits(p.num_requests, p.max_blocks, (int64_t)sizeof(int32_t))) return DSA_BAD_SHAPE;
     if (p.num_blocks > INT32_MAX / p.block_size) return DSA_BAD_SHAPE;
@@ -120,8 +64,6 @@ dsa_status check(const dsa_index_select_params& p) {
     if (p.num_requests > 0 && p.max_blocks > 0 && !p.block_table) return DSA_NULL_POINTER;
     return DSA_OK;
 }
-
-int64_t number_bytes(dsa_format format) { return format == DSA_FP8 ? 1 : format == DSA_BFLOAT16 ? 2 : 4; }
 
 __global__ void scored_lengths_kernel(const int32_t* lengths, int32_t* scored, int64_t num_rows, int32_t topk) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -144,7 +86,7 @@ dsa_status select_rows(const dsa_index_select_params& p, const Plan& plan, int64
             scored = long_lengths;
         }
 
-        dsa_indexer_logits_params score = logits_params(p, plan);
+        dsa_indexer_logits_params score = logits_params(p, plan.rows_per_pass);
         const int64_t row_bytes = (int64_t)p.index_n_heads * p.index_head_dim * number_bytes(p.cache_format);
         score.query = (const uint8_t*)p.query + first_row * row_bytes;
         score.folded_weights = p.folded_weights + first_row * p.index_n_heads;
@@ -157,7 +99,7 @@ dsa_status select_rows(const dsa_index_select_params& p, const Plan& plan, int64
         if (const dsa_status status = dsa_indexer_logits_cuda(&score, stream)) return status;
     }
 
-    dsa_topk_slots_params topk = topk_params(p, plan);
+    dsa_topk_slots_params topk = topk_params(p, plan.rows_per_pass);
     topk.logits = needs_scores(p) ? logits : p.folded_weights; /* else some address: no row is read */
     topk.lengths = p.lengths + first_row;
     topk.request_ids = p.request_ids + first_row;
@@ -175,7 +117,7 @@ dsa_status select_rows(const dsa_index_select_params& p, const Plan& plan, int64
 }  // namespace dsa
 
 size_t dsa_index_select_cuda_workspace_bytes(const dsa_index_select_params* params) {
-    if (!params || dsa::gpu::check_sizes(*params)) return 0;
+    if (!params || dsa::check_index_select_sizes(*params)) return 0;
     return dsa::gpu::make_plan(*params).bytes();
 }
 

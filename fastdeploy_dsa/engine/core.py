@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from cache_manager import CacheManager, TransferFailed
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs, StepRunner
+from fastdeploy_dsa.engine.runner import StepRunner
 from fastdeploy_dsa.engine.sampler import SamplingRow, top_logprobs
 from fastdeploy_dsa.engine.scheduler import Scheduler
 from fastdeploy_dsa.engine.speculative.acceptance import accept
 from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from fastdeploy_dsa.engine.swap_cost import SwapCost
 

@@ -6,17 +6,15 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from paddle import Tensor
 
 from fastdeploy_dsa.device import CPU
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.row_invariance import ROW_MULTIPLE
 from fastdeploy_dsa.step import StepMetadata
-
-if TYPE_CHECKING:
-    from fastdeploy_dsa.engine.runner import StepInputs
 
 _LOGGER = logging.getLogger(__name__)
 _PERSISTENT = ("token_ids", "positions", "request_ids", "lengths", "slot_mapping", "block_table")

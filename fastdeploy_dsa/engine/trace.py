@@ -15,8 +15,9 @@ from safetensors.numpy import save
 from fastdeploy_dsa.device import CPU, use_device
 from fastdeploy_dsa.engine.loading import CacheOptions, load_runner, read_cache_dtype, read_model_config
 from fastdeploy_dsa.engine.prompts import check_token_ids
-from fastdeploy_dsa.engine.runner import ModelRunner, StepInputs
+from fastdeploy_dsa.engine.runner import ModelRunner
 from fastdeploy_dsa.engine.sampler import NonFiniteLogitsError
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.engine.validation import require_int
 from fastdeploy_dsa.ops import IndexSelection
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_manager import TensorKey
-from fastdeploy_dsa.engine.runner import StepInputs
 from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 
 VOCAB_SIZE = 50
 NUM_LAYERS = 2

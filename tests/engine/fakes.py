@@ -21,10 +21,11 @@ from cache_manager import (
 from fastdeploy_dsa.engine.core import EngineCore
 from fastdeploy_dsa.engine.detokenizer import Detokenizer
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs, StepOutputs
+from fastdeploy_dsa.engine.runner import StepOutputs
 from fastdeploy_dsa.engine.sampling_params import SamplingParams
 from fastdeploy_dsa.engine.speculative.config import SpeculativeConfig
 from fastdeploy_dsa.engine.speculative.proposer import Proposer
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from tests.engine.draft_fakes import NUM_LAYERS, VOCAB_SIZE, CacheDrafter, Drafting, next_logits
 

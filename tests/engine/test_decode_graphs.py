@@ -9,9 +9,12 @@ import paddle
 import pytest
 from paddle import Tensor
 
-from fastdeploy_dsa.engine import decode_graphs
+from fastdeploy_dsa.engine import decode_graphs, loading
 from fastdeploy_dsa.engine.decode_graphs import DecodeGraphs, DecodeLimits, paddle_graphs
-from fastdeploy_dsa.engine.runner import ModelRunner, StepInputs
+from fastdeploy_dsa.engine.loading import CacheOptions, load_runner, read_model_config
+from fastdeploy_dsa.engine.runner import ModelRunner
+from fastdeploy_dsa.engine.step_inputs import StepInputs
+from fastdeploy_dsa.installation import DEMO_MODEL
 from fastdeploy_dsa.step import StepMetadata
 
 LIMITS = DecodeLimits(max_num_seqs=20, max_model_len=256, block_size=64)
@@ -220,3 +223,14 @@ def test_the_log_says_why_a_device_captures_nothing(refusal: str, caplog: pytest
         assert caplog.messages == [f"decode steps are not captured: {refusal or 'this Paddle captures no graphs'}"]
     else:
         assert not refusal
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_draft_model_switches_captures_off(monkeypatch: pytest.MonkeyPatch, model: Model, drafts: bool) -> None:
+    monkeypatch.setattr(loading, "paddle_graphs", lambda device, refusal: lambda: HostGraph(model))
+    config = read_model_config(DEMO_MODEL, None)
+    options = CacheOptions("float32", 64, num_threads=1, device="cpu", num_blocks=4)
+    loaded = load_runner(
+        DEMO_MODEL, config=config, options=options, progress=False, drafts=drafts, decode_limits=LIMITS
+    )
+    assert (loaded.runner._graphs is None) == drafts

@@ -13,7 +13,7 @@ from paddle import Tensor
 from fastdeploy_dsa import LLM, SamplingParams, ops
 from fastdeploy_dsa.device import use_device
 from fastdeploy_dsa.engine.decode_graphs import DecodeGraphs, DecodeLimits
-from fastdeploy_dsa.engine.runner import StepInputs
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.installation import DEMO_MODEL
 from fastdeploy_dsa.step import StepMetadata
 from tests.kit.compare import assert_same

@@ -14,10 +14,10 @@ import pytest
 from fastdeploy_dsa import LLM, SamplingParams
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs
 from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.mtp_runner import MtpRunner, compact_selection
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.ops import IndexSelection
 from tests.kit.tiny_model import INDEX_TOPK, VOCAB_SIZE
 from tests.models.mtp_checkpoint import write_tiny_mtp_model

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs
 from fastdeploy_dsa.engine.sampler import Purpose, most_likely, pick, token_weights, uniform
 from fastdeploy_dsa.engine.speculative.acceptance import Draft
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 
 
 class DraftOutputs(NamedTuple):

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs, lines_of
 from fastdeploy_dsa.engine.speculative.draft_runner import (
     DraftRunner,
     Drafts,
@@ -17,6 +16,7 @@ from fastdeploy_dsa.engine.speculative.draft_runner import (
     undrafted_rows,
 )
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs, lines_of
 
 
 class IteratedLayer:

@@ -10,9 +10,9 @@ import paddle
 from paddle import Tensor
 
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
-from fastdeploy_dsa.engine.runner import StepInputs
 from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.models import MtpModel
 from fastdeploy_dsa.ops import IndexSelection
 

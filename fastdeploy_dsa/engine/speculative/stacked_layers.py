@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_dsa.engine.request import Request
-from fastdeploy_dsa.engine.runner import StepInputs, lines_of
 from fastdeploy_dsa.engine.speculative.draft_runner import (
     DraftOutputs,
     DraftRunner,
@@ -19,6 +18,7 @@ from fastdeploy_dsa.engine.speculative.draft_runner import (
     undrafted_rows,
 )
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
+from fastdeploy_dsa.engine.step_inputs import StepInputs, lines_of
 
 
 class _Span(NamedTuple):
