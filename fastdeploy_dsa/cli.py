@@ -22,6 +22,8 @@ INTERRUPTED = 130
 
 _PROG = "fastdeploy-dsa"
 _MAX_NUM_SEQS = 32
+# Of the extra `server`.
+_SERVER_MODULES = ("jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,20 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that sum to this")
     generate.add_argument("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
     generate.add_argument("--max-num-seqs", type=int, help="prompts that run at a time (default: all, at most 32)")
-    generate.add_argument("--block-size", type=int, default=64, help="tokens of a cache block (default: %(default)s)")
-    generate.add_argument("--num-blocks", type=int, help="cache blocks (default: enough for all that run)")
-    generate.add_argument(
-        "--swap-space", default="0", help="host memory for blocks that leave the cache, such as 1GiB"
-    )
-    generate.add_argument(
-        "--speculative-config",
-        metavar="JSON",
-        help='draft tokens, such as \'{"method": "mtp", "num_speculative_tokens": 3}\' (default: none)',
-    )
-    generate.add_argument("--no-prefix-caching", action="store_true", help="compute prefixes seen before again")
     generate.add_argument("--stats", action="store_true", help="say on stderr what cache and drafts did")
+    _add_cache(generate)
     _add_common(generate)
     generate.set_defaults(run=_generate)
+
+    _add_serve(commands.add_parser("serve", help="answer OpenAI's API over HTTP", allow_abbrev=False))
 
     logits = commands.add_parser("logits", help="save logits and selections of a prompt", allow_abbrev=False)
     logits.add_argument("model", metavar="MODEL", type=_folder, help="model folder")
@@ -115,6 +109,36 @@ def _folder(text: str) -> Path:
     if not text:  # Path("") is the current folder, which nobody meant
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     return Path(text)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--model", type=_folder, help="model folder (default: the demo model of the package)")
+    serve.add_argument("--served-model-name", help="what clients call the model (default: the folder's name)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template (default: the model's own)")
+    serve.add_argument("--max-model-len", type=int, help="tokens of a request (default: max_position_embeddings)")
+    serve.add_argument("--max-num-seqs", type=int, help="sequences that run at a time (default: 32)")
+    serve.add_argument("--max-num-batched-tokens", type=int, default=512, help="of a step (default: %(default)s)")
+    serve.add_argument("--max-waiting", type=int, default=512, help="sequences that may wait (default: %(default)s)")
+    serve.add_argument("--request-timeout", type=float, metavar="SECONDS", help="of a request (default: none)")
+    serve.add_argument("--cache-memory", default="1GiB", help="for the cache (default: %(default)s)")
+    serve.add_argument("--seed", type=int, default=0, help="of requests without their own (default: %(default)s)")
+    _add_cache(serve)
+    _add_common(serve)
+    serve.set_defaults(run=_serve)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block-size", type=int, default=64, help="tokens of a cache block (default: %(default)s)")
+    parser.add_argument("--num-blocks", type=int, help="cache blocks (default: enough for all that run)")
+    parser.add_argument("--swap-space", default="0", help="host memory for blocks that leave the cache, such as 1GiB")
+    parser.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help='draft tokens, such as \'{"method": "mtp", "num_speculative_tokens": 3}\' (default: none)',
+    )
+    parser.add_argument("--no-prefix-caching", action="store_true", help="compute prefixes seen before again")
 
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
@@ -206,6 +230,42 @@ def _generate(options: argparse.Namespace) -> int:
         sys.stderr.write(llm.cache_stats().table())
         if options.speculative_config is not None:
             sys.stderr.write(llm.speculative_stats().table() + llm.time_split().table())
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from fastdeploy_dsa.installation import DEMO_MODEL  # noqa: PLC0415
+
+    try:
+        from fastdeploy_dsa.server.serving import ServerOptions, serve  # noqa: PLC0415 - imports paddle
+    except ModuleNotFoundError as error:
+        if error.name not in _SERVER_MODULES:
+            raise
+        raise ValueError(f"serve needs the extra 'server': pip install 'fastdeploy-dsa[server]' ({error})") from error
+    serve(
+        options.model or DEMO_MODEL,
+        ServerOptions(
+            host=options.host,
+            port=options.port,
+            served_model_name=options.served_model_name,
+            chat_template=options.chat_template,
+            max_waiting=options.max_waiting,
+            request_timeout=options.request_timeout,
+        ),
+        device=options.device,
+        cache_dtype=options.cache_dtype,
+        num_threads=options.num_threads,
+        seed=options.seed,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks,
+        cache_memory=options.cache_memory,
+        swap_space=options.swap_space,
+        enable_prefix_caching=not options.no_prefix_caching,
+        speculative_config=options.speculative_config,
+    )
     return 0
 
 

@@ -256,7 +256,7 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_and_status_2(tmp_path: Pa
 
 def test_no_command_and_an_unknown_one_are_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: COMMAND" in complaint(capsys)
-    assert "invalid choice: 'serve'" in complaint(capsys, "serve")
+    assert "invalid choice: 'train'" in complaint(capsys, "train")
 
 
 def test_help_and_version_do_not_import_paddle() -> None:

@@ -132,6 +132,9 @@ class EngineCore:
         chunks = self.scheduler.schedule()
         if not chunks:
             return 0
+        for chunk in chunks:
+            if chunk.request.num_cached_tokens is None:
+                chunk.request.num_cached_tokens = chunk.request.num_computed
         inputs = StepInputs.from_chunks(chunks, self.scheduler.block_table, self._block_size)
         scheduled = perf_counter()
         try:

@@ -25,7 +25,7 @@ from fastdeploy_dsa.engine.speculative.config import read_speculative_config
 from fastdeploy_dsa.engine.speculative.proposer import Proposer
 from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
 from fastdeploy_dsa.engine.step_plan import SchedulerLimits
-from fastdeploy_dsa.engine.tokenizer import load_tokenizer
+from fastdeploy_dsa.engine.tokenizer import Tokenizer, load_tokenizer
 from fastdeploy_dsa.engine.validation import require_bool, require_int
 
 _DEFAULT_MAX_NUM_SEQS = 32
@@ -39,6 +39,7 @@ class LLM:
     are others.
 
     One thread at a time may use an LLM. Several `stream` iterators may be open at once; every step advances them all.
+    A server that has an event loop of its own uses `add`, `step` and `abort` instead.
     """
 
     def __init__(  # noqa: PLR0913 - a user's options are flat, as in other engines
@@ -142,6 +143,7 @@ class LLM:
         )
         self._max_cached_tokens = loaded.num_blocks * limits.block_size
         self._max_model_len = limits.max_model_len
+        self._max_num_seqs = limits.max_num_seqs
         self._cache = CacheManager(
             loaded.cache_controller,
             num_blocks=loaded.num_blocks,
@@ -181,18 +183,16 @@ class LLM:
         Raises:
             ValueError: A prompt or parameter is refused; nothing ran, and the LLM is as before.
         """
-        requests = self._read(prompts, sampling_params)
+        requests = self.add(prompts, sampling_params)
         most = sum(request.max_tokens for request in requests)
         try:
-            for request in requests:
-                self._core.add(request)
             with ProgressBar("generating tokens", most, is_wanted=self._progress) as bar:
                 generated = 0
                 while any(request.finish_reason is None for request in requests):
                     generated += self._core.step()
                     bar.update(generated)
         finally:
-            self._abort(requests)
+            self.abort(requests)
         return [request.output() for request in requests]
 
     def stream(
@@ -207,6 +207,68 @@ class LLM:
         Args, Raises: as `generate`; the checks happen in the call, before the first delta is asked for.
         """
         return self._run(self._read(prompts, sampling_params))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's, if it has one; any thread may use it."""
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request, prompt and continuation."""
+        return self._max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at a time."""
+        return self._max_num_seqs
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks on the device."""
+        return self._core.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are queued, or had to give way."""
+        return self._core.scheduler.num_waiting
+
+    def read(self, prompts: str | Sequence[PromptLike], *, add_special_tokens: bool = True) -> list[Prompt]:
+        """Check prompts and turn texts into token ids, for `add`: the one method that any thread may call.
+
+        Args, Raises: as PromptReader.read.
+        """
+        return self._reader.read(prompts, add_special_tokens=add_special_tokens)
+
+    def add(
+        self,
+        prompts: str | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Request]:
+        """Queue prompts, which `step` advances; `Request.take_delta` tells what is new and whether one has ended.
+
+        Args, Raises: as `generate`.
+        """
+        requests = self._read(prompts, sampling_params)
+        try:
+            for request in requests:
+                self._core.add(request)
+        except BaseException:
+            self.abort(requests)
+            raise
+        return requests
+
+    def step(self) -> int:
+        """Advance every request that there is room for; does nothing if there is none.
+
+        Returns, Raises: as EngineCore.step.
+        """
+        return self._core.step()
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End requests, some of which may have ended already, and free their blocks."""
+        for request in requests:
+            self._core.abort(request)
 
     def time_split(self) -> TimeSplit:
         """What the time of all steps so far was spent on."""
@@ -237,11 +299,7 @@ class LLM:
                         yield delta
                 unfinished = remaining
         finally:
-            self._abort(requests)
-
-    def _abort(self, requests: list[Request]) -> None:
-        for request in requests:
-            self._core.abort(request)
+            self.abort(requests)
 
     def _read(
         self,

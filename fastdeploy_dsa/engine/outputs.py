@@ -30,6 +30,7 @@ class RequestDelta:
         finish_reason: None as long as the request goes on.
         stop_reason: As in RequestOutput.
         logprobs: One entry per new token, if asked for.
+        num_cached_tokens: As in RequestOutput.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class RequestDelta:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: Logprobs | None
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RequestOutput:
         stop_reason: The stop token or stop string; None for the model's own end token.
         logprobs: One entry per token, if asked for.
         num_preemptions: How often it had to give its blocks to others, and went to the host or was computed again.
+        num_cached_tokens: Prompt tokens that the cache had when the request first ran.
     """
 
     request_id: str
@@ -67,3 +70,4 @@ class RequestOutput:
     stop_reason: int | str | None
     logprobs: Logprobs | None
     num_preemptions: int
+    num_cached_tokens: int

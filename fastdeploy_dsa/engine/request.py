@@ -34,6 +34,7 @@ class Request:
         tokens: [num_prompt + max_tokens] int64, prompt, then output; valid up to num_tokens.
         num_preemptions: How often it had to give way.
         num_reported: Generated tokens that a delta has reported.
+        num_cached_tokens: Prompt tokens that the cache had when it first ran; None before that.
         table: Its blocks in the cache manager; None before it runs, and when it has to be computed again.
         line: While running.
         drafts: Proposals for the tokens behind the newest one, which the next step verifies.
@@ -49,6 +50,7 @@ class Request:
         "line",
         "logprobs",
         "max_tokens",
+        "num_cached_tokens",
         "num_preemptions",
         "num_prompt",
         "num_reported",
@@ -90,6 +92,7 @@ class Request:
         self.num_tokens = self.num_prompt
         self.num_preemptions = 0
         self.num_reported = 0
+        self.num_cached_tokens: int | None = None
         self.table: BlockTable | None = None
         self.line: SlotLine | None = None
         self.drafts: list[Draft] = []
@@ -156,6 +159,7 @@ class Request:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             logprobs=logprobs,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )
 
     def output(self) -> RequestOutput:
@@ -171,4 +175,5 @@ class Request:
             stop_reason=self.stop_reason,
             logprobs=None if self.params.logprobs is None else self.logprobs,
             num_preemptions=self.num_preemptions,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import tokenizers
@@ -15,10 +16,10 @@ OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of a tokenizer."""
+    """What the engine needs of a tokenizer; any thread may use it at any time."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model expects around it."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model expects around it unless they are there."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; ids without a text give none."""
@@ -42,17 +43,17 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._bos_id = self._bos_of(folder / "tokenizer_config.json")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As Tokenizer says.
 
         Raises:
             ValueError: The tokenizer has no tokens for the text.
         """
         try:
-            token_ids: list[int] = self._tokenizer.encode(text).ids
+            token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises the bare class
             raise ValueError(f"expected text that the tokenizer has tokens for: {error}") from error
-        if self._bos_id is not None and token_ids[:1] != [self._bos_id]:
+        if add_special_tokens and self._bos_id is not None and token_ids[:1] != [self._bos_id]:
             token_ids.insert(0, self._bos_id)
         return token_ids
 
@@ -87,14 +88,17 @@ class PaddleNlpTokenizer:
     def __init__(self, folder: Path, auto_tokenizer: Any) -> None:
         """Load with paddlenlp's AutoTokenizer."""
         self._tokenizer = auto_tokenizer.from_pretrained(str(folder))
+        self._lock = Lock()  # the library does not say what threads may do
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As Tokenizer says."""
-        return list(self._tokenizer(text)["input_ids"])
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As Tokenizer says."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        with self._lock:
+            return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:

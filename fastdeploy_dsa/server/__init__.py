@@ -1,0 +1,1 @@
+"""An HTTP server around one LLM that speaks OpenAI's API: docs/server.md. It needs the extra `server`."""

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# GLM-5, 5.1 or 5.2 with FastDeploy on 8 GPUs of 141 GB. On two nodes of 8 GPUs of 80 GB, run on both with
+# --tensor-parallel-size 16 --ips NODE,NODE.
+#
+#   scripts/serve_glm5.sh [--dry-run] MODEL [FLAG...]        flags of FastDeploy; the last of a name counts
+set -euo pipefail
+source "$(dirname "$0")/serve_common.sh"
+
+launch "${fastdeploy[@]}" --model "${1:?expected the folder of the model}" "${features[@]}" \
+    --max-model-len 196608 \
+    "${@:2}"
