@@ -1,0 +1,1 @@
+"""Adapters to frameworks that this package plugs into; nothing else imports them."""
