@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that sum to this")
     generate.add_argument("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
     generate.add_argument("--max-num-seqs", type=int, help="prompts that run at a time (default: all, at most 32)")
-    generate.add_argument("--block-size", type=int, default=64, help="tokens of a cache block (default: %(default)s)")
+    generate.add_argument("--block-size", type=int, help="tokens of a cache block (default: the model's own)")
     generate.add_argument("--num-blocks", type=int, help="cache blocks (default: enough for all that run)")
     generate.add_argument(
         "--swap-space", default="0", help="host memory for blocks that leave the cache, such as 1GiB"
