@@ -7,7 +7,6 @@ namespace gpu {
 namespace {
 
 __global__ void __launch_bounds__(kWriteThreads) index_key_write_kernel(const __grid_constant__ IndexKeyPart part) {
-    overlap_next_kernel();
     write_index_key(part, blockIdx.x);
 }
 

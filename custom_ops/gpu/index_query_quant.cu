@@ -7,7 +7,6 @@ namespace gpu {
 namespace {
 
 __global__ void __launch_bounds__(kWriteThreads) index_query_quant_kernel(const __grid_constant__ IndexQueryPart part) {
-    overlap_next_kernel();
     write_index_query(part, blockIdx.x);
 }
 

@@ -82,8 +82,11 @@ dsa_status dsa_indexer_logits_cuda(const dsa_indexer_logits_params* params, void
     dsa::gpu::Device device;
     if (const dsa_status status = dsa::gpu::device(&device)) return status;
     cudaStream_t on = (cudaStream_t)stream;
-    if (device.has_hopper_instructions && !dsa::gpu::indexer_logits_sm90_refusal(p))
-        return dsa::gpu::indexer_logits_sm90(p, a, device, on);
+    if (device.has_hopper_instructions && !dsa::gpu::indexer_logits_sm90_refusal(p)) {
+        /* Says so before it launches anything if the driver makes no tensor map of these arrays. */
+        const dsa_status status = dsa::gpu::indexer_logits_sm90(p, a, device, on);
+        if (status != DSA_UNSUPPORTED) return status;
+    }
     switch (p.cache_format) {
         case DSA_FP8: return dsa::gpu::indexer_logits_generic<DSA_FP8>(a, on);
         case DSA_BFLOAT16: return dsa::gpu::indexer_logits_generic<DSA_BFLOAT16>(a, on);

@@ -59,8 +59,8 @@ __device__ __forceinline__ uint8_t* aligned_shared(uint8_t* raw) {
     return raw + (1024 - shared_address(raw) % 1024) % 1024;
 }
 
-/* Block ids and queries start on their way to the L2 while the filling warp makes the schedule; every reading thread
- * takes one line of each. */
+/* Block ids and queries start on their way to the L2, where the kernel before sees the same bytes, should it be writing
+ * them; every reading thread takes one line of each. */
 template <typename S>
 __device__ __forceinline__ void prefetch_inputs(const IndexerLogitsArguments& a) {
     constexpr int64_t kLine = 128;
@@ -146,6 +146,7 @@ __device__ __forceinline__ void fill(const IndexerLogitsArguments& a, const CUte
         __syncwarp();
         is_segment = shared.is_segment;
         ids = TileIds(a, shared.segment, is_segment);
+        if (!is_segment) let_next_kernel_start(); /* all that this CTA needs is on its way */
         send_work<S>(a, queries, shared, n, is_segment, shared.segment, shared.walk.rows);
     }
 }
@@ -272,6 +273,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     if (threadIdx.x == 64) prefetch_map(cache);
     if (threadIdx.x == 96) prefetch_map(queries);
     if (!is_filler) prefetch_inputs<S>(a);
+    wait_for_previous_kernel();
     constexpr int kSchedulers = S::kWarpgroups == 1 ? 32 : S::kThreads; /* groups are few where their rows are */
     typename S::Share walk = {};
     if (is_filler || is_first_sender || kSchedulers > 32)
@@ -292,12 +294,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 /* ---- launch ---- */
 
+/* FASTDEPLOY_DSA_CUDA_TENSOR_MAPS=0 stands for a driver that makes none. */
+bool are_tensor_maps_wanted() {
+    const char* value = getenv("FASTDEPLOY_DSA_CUDA_TENSOR_MAPS");
+    return value == nullptr || value[0] != '0';
+}
+
 /* Bytes [size_2, size_1, 128], copied in boxes [third, second, 128] with the 128-byte swizzle; zeros arrive for what
  * lies outside the sizes. */
 dsa_status describe(const void* array, int64_t size_1, int64_t size_2, int64_t stride_2, int second, int third,
                     CUtensorMap* map) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
+    static const Encode encode = []() -> Encode {
+        if (!are_tensor_maps_wanted()) return nullptr;
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
         const cudaError_t error =
@@ -329,8 +338,19 @@ dsa_status launch(const IndexerLogitsArguments& a, const Device& device, cudaStr
     if (const dsa_status status = allow_shared_bytes(kernel, kBytes)) return status;
     const int64_t tiles = (int64_t)a.num_tokens * ((a.max_length + kTile - 1) / kTile); /* there are no more */
     const int64_t places = (int64_t)device.num_multiprocessors * S::kBlocks;
-    kernel<<<(uint32_t)(tiles < places ? tiles : places), S::kThreads, kBytes, stream>>>(a, cache, queries);
-    return launched(stream);
+    /* The launch itself overlaps the end of the kernel before; the kernel waits for its results. */
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(tiles < places ? tiles : places));
+    config.blockDim = dim3(S::kThreads);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, a, cache, queries);
+    return error == cudaSuccess ? launched(stream) : status_of(error);
 }
 
 /* One row a request (decode). Bound: 132 bytes a key read, 4 bytes a score written. Several small CTAs share a

@@ -25,6 +25,7 @@ static inline dsa_status status_of(cudaError_t error) {
 }
 
 struct Device {
+    int32_t ordinal; /* below kMaxDevices */
     int32_t num_multiprocessors;
     int32_t architecture;        /* 80, 89, 90, ... */
     int32_t max_shared_bytes;    /* of a block that asked for it */
@@ -49,6 +50,7 @@ static inline dsa_status device(Device* found) {
         if (error == cudaSuccess)
             error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
         if (error != cudaSuccess) return status_of(error);
+        known[ordinal].ordinal = ordinal;
         known[ordinal].num_multiprocessors = multiprocessors;
         known[ordinal].max_shared_bytes = shared_bytes;
         known[ordinal].has_hopper_instructions = DSA_HAS_SM90 && major == 9 && minor == 0;

@@ -15,7 +15,6 @@ struct LayerParts {
 };
 
 __global__ void __launch_bounds__(kWriteThreads) layer_write_kernel(const __grid_constant__ LayerParts parts) {
-    overlap_next_kernel();
     int block = blockIdx.x;
     if (block < parts.index_query.num_blocks) return write_index_query(parts.index_query, block);
     block -= parts.index_query.num_blocks;

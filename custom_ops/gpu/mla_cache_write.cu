@@ -7,7 +7,6 @@ namespace gpu {
 namespace {
 
 __global__ void __launch_bounds__(kWriteThreads) mla_cache_write_kernel(const __grid_constant__ LatentPart part) {
-    overlap_next_kernel();
     write_latent(part, blockIdx.x);
 }
 

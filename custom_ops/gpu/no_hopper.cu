@@ -9,9 +9,11 @@
 namespace dsa {
 namespace gpu {
 
-dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params&, const Device&, int64_t, cudaStream_t) {
+dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params&, const Device&, int64_t, bool, cudaStream_t) {
     return DSA_UNSUPPORTED;
 }
+
+size_t sparse_mla_sm90_rows_workspace_bytes(const dsa_sparse_mla_params&, const Device&) { return 0; }
 
 dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params&, const Device&, cudaStream_t) { return DSA_UNSUPPORTED; }
 

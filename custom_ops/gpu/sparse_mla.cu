@@ -62,12 +62,22 @@ Kernel choose(const dsa_sparse_mla_params& p, const Device& device) {
     return blocks >= kMinBlocksForHeads ? Kernel::kHeads : Kernel::kRows;
 }
 
+/* Only the kernel for few rows wants one, and not where the result must not depend on their number. */
+size_t workspace_bytes(const dsa_sparse_mla_params& p, Kernel kernel, const Device& device) {
+    if (kernel != Kernel::kRows || p.batch_invariant != 0) return 0;
+    return sparse_mla_sm90_rows_workspace_bytes(p, device);
+}
+
 }  // namespace
 }  // namespace gpu
 }  // namespace dsa
 
-/* Nothing is kept between the parts of a row: they are merged inside the kernels. */
-size_t dsa_sparse_mla_cuda_workspace_bytes(const dsa_sparse_mla_params*) { return 0; }
+size_t dsa_sparse_mla_cuda_workspace_bytes(const dsa_sparse_mla_params* params) {
+    using namespace dsa::gpu;
+    Device found = {};
+    if (params == nullptr || check_shape(*params) != DSA_OK || params->num_tokens == 0) return 0;
+    return device(&found) == DSA_OK ? workspace_bytes(*params, choose(*params, found), found) : 0;
+}
 
 dsa_status dsa_sparse_mla_cuda(const dsa_sparse_mla_params* params, void* stream) {
     using namespace dsa::gpu;
@@ -79,13 +89,16 @@ dsa_status dsa_sparse_mla_cuda(const dsa_sparse_mla_params* params, void* stream
     Device found = {};
     status = device(&found);
     if (status != DSA_OK) return status;
-    /* A Hopper kernel that has no room for a size (a cache of 64 GiB, 2^31 blocks) says so before it launches. */
     const Kernel kernel = choose(p, found);
+    const size_t bytes = workspace_bytes(p, kernel, found);
+    if (p.workspace_bytes < bytes) return DSA_WORKSPACE_TOO_SMALL;
+    if (bytes > 0 && p.workspace == nullptr) return DSA_NULL_POINTER;
+    /* A Hopper kernel that has no room for a size (a cache of 64 GiB, 2^31 blocks) says so before it launches. */
     status = DSA_UNSUPPORTED;
     if (kernel == Kernel::kHeads) status = sparse_mla_sm90_heads(p, found, (cudaStream_t)stream);
     if (kernel != Kernel::kGeneric && status == DSA_UNSUPPORTED) {
         const int64_t num_rows = p.batch_invariant != 0 ? kInvariantRowsHint : p.num_tokens;
-        status = sparse_mla_sm90_rows(p, found, num_rows, (cudaStream_t)stream);
+        status = sparse_mla_sm90_rows(p, found, num_rows, bytes > 0, (cudaStream_t)stream);
     }
     return status == DSA_UNSUPPORTED ? sparse_mla_generic(p, found, (cudaStream_t)stream) : status;
 }

@@ -31,14 +31,16 @@ constexpr int kRopeOffset = kLatent + 16;
 constexpr int kRowBytes = kRopeOffset + 2 * kRope;
 constexpr int kBlockBytes = 64 * 128;
 constexpr int kRopeBlock = kLatent / 64;
-constexpr int kTileBytes = (kRopeBlock + 1) * kBlockBytes;
+constexpr int kQueryBytes = (kRopeBlock + 1) * kBlockBytes;
+constexpr int kTileBytes = kRopeBlock * kBlockBytes; /* without the rope */
+constexpr int kRopes = 3; /* one more than tiles: a rope is on its way before its tile's buffer is free */
 constexpr int kThreads = 512; /* two consumer and two producer warpgroups */
 constexpr int kProducerRegisters = 64;
 constexpr int kConsumerRegisters = 192; /* 2 * 192 + 2 * 64 = 4 * 128, the registers of the launch */
 constexpr int kProducerWarps = 8;
 constexpr int kTokensPerWarp = kTokens / kProducerWarps;
 constexpr int kBatch = 32 / kTokensPerWarp; /* tiles whose tokens a producer warp looks up together, one a lane */
-constexpr int kMaxSplits = 8;               /* CTAs that share a row: the largest portable cluster */
+constexpr int kMaxSplits = 2; /* CTAs that share a row; for fewer rows than take two, another kernel is faster */
 constexpr float kSlack = 8.0f; /* log2 by which a score may exceed the reference before the sums are rescaled */
 
 struct Arguments {
@@ -62,19 +64,22 @@ struct Arguments {
 };
 
 struct Shared {
-    uint8_t query[kTileBytes];
-    uint8_t tiles[2][kTileBytes]; /* tile t in t % 2; its rope block holds P once S is computed */
+    uint8_t query[kQueryBytes];
+    uint8_t tiles[2][kTileBytes];       /* tile t in t % 2 */
+    uint8_t ropes[kRopes][kBlockBytes]; /* see Rope; holds P once S is computed */
     float references[2][kHeads];  /* of tile t in t % 2: what P of this tile is relative to, log2 */
     float sums[2][kHeads];
     uint64_t full[2][2]; /* [tile % 2][columns 0 .. 255, columns 256 .. 511] */
-    uint64_t free[2][2]; /* the same, used up by consumer 0, 1; with it the rope block */
-    uint64_t rope_full[2];
+    uint64_t free[2][2]; /* the same, used up by consumer 0, 1 */
+    uint64_t rope_full[kRopes], rope_free[kRopes];
     uint8_t valid[4][kProducerWarps]; /* [valid_slot(tile)]: a bit per token */
-    /* Only where CTAs share a row: reference and sum of each, and when the others may write here and have written. */
-    float2 partial_sums[kMaxSplits][kHeads];
-    uint64_t others_may_write, others_have_written;
+    uint64_t others_may_write, others_have_written; /* only where CTAs share a row */
 };
 static_assert(sizeof(Shared) <= 232448, "the shared memory of a multiprocessor");
+
+/* Reference and sum of each CTA that shares a row, in place of the ropes. */
+using PartialSums = float2[kMaxSplits][kHeads];
+static_assert(sizeof(PartialSums) <= sizeof(Shared::ropes), "no rope is in use when sums are exchanged");
 
 /* Named barriers; 0 belongs to __syncthreads. */
 enum { kEvenReady = 1, kOddReady = 2, kGroup = 3 /* and 4 */, kConsumers = 5 };
@@ -209,6 +214,18 @@ __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t
                  : "memory");
 }
 
+__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/* Asks for bytes, a multiple of 16, to be brought into the L2. */
+__device__ __forceinline__ void prefetch(const uint8_t* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 /* Where 16-byte piece `piece` of row `row` lies in a swizzled block. */
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
@@ -258,6 +275,15 @@ __device__ __forceinline__ int buffer_of(Tile tile) { return tile & 1; }
 __device__ __forceinline__ uint32_t parity_of(Tile tile) { return (tile >> 1) & 1; }
 __device__ __forceinline__ int valid_slot(Tile tile) { return tile & 3; }
 
+/* A tile's rope, and later its P: counts tiles over all rows. */
+using Rope = uint32_t;
+
+__device__ __forceinline__ uint32_t rope_slot(Rope rope) { return rope % kRopes; }
+__device__ __forceinline__ uint32_t rope_parity(Rope rope) { return rope / kRopes & 1; }
+__device__ __forceinline__ uint32_t rope_address(const Shared& shared, Rope rope) {
+    return shared_address(shared.ropes[0]) + rope_slot(rope) * kBlockBytes;
+}
+
 /* A producer warp fills 8 tokens of every tile. Tokens are looked up for up to four tiles of a row at once, one a lane:
  * lane l knows token l % 8 of tile l / 8. In the work on a tile eight lanes that store together hit eight different
  * 16-byte pieces of the banks:
@@ -282,6 +308,7 @@ struct Producer {
     uint32_t item;
     int32_t count, ahead;
     Tile tile, tile_after; /* the names of the next tile and of the one after it */
+    Rope rope;             /* of the next tile */
     static constexpr uint32_t kNowhere = 0xFFFFFFFF;
 
     __device__ __forceinline__ Producer(const Arguments& a, Shared& shared, uint32_t first_item)
@@ -293,6 +320,7 @@ struct Producer {
         pair_lane = fresh(row_bit);
         tile = 0;
         tile_after = 1;
+        rope = 0;
         ahead = 0;
         count = count_of(a, item / (uint32_t)a.num_parts);
     }
@@ -350,16 +378,19 @@ struct Producer {
 
     __device__ __forceinline__ void copy_rope(int in_batch) {
         constexpr int kQuads = kTokensPerWarp / 4;
-        const uint32_t to = shared_address(shared.tiles[buffer_of(tile)]) + kRopeBlock * kBlockBytes;
         const int token = lane >> 3, piece = lane & 7;
         const uint8_t* rows[kQuads];
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
             rows[quad] = row_at(__shfl_sync(0xFFFFFFFF, offset, kTokensPerWarp * in_batch + 4 * quad + token));
+        barrier_wait(shared_address(&shared.rope_free[rope_slot(rope)]), rope_parity(rope) ^ 1);
+        const uint32_t to = shared_address(shared.ropes[rope_slot(rope)]);
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
             copy_async_16(to + swizzled(kTokensPerWarp * warp + 4 * quad + token, piece),
                           rows[quad] + kRopeOffset + 16 * piece);
+        copy_async_arrive(shared_address(&shared.rope_full[rope_slot(rope)]));
+        ++rope;
     }
 
     template <int kHalf>
@@ -407,8 +438,6 @@ struct Producer {
         if (lane == 0) shared.valid[valid_slot(tile)][warp] = (uint8_t)(valid >> (kTokensPerWarp * in_batch));
         fill_half<0>(split, are_exact);
         barrier_wait(shared_address(&shared.free[buffer][1]), parity);
-        copy_rope(in_batch);
-        copy_async_arrive(shared_address(&shared.rope_full[buffer]));
         fill_half<1>(split, are_exact);
     }
 
@@ -427,6 +456,7 @@ struct Producer {
             if (ahead <= kBatch && buffer_of(tile) == 1) swap_names(0); /* a row starts in buffer 0 */
             for (uint32_t i = 0; i < num_tiles; ++i) {
                 load(i);
+                copy_rope(i);
                 if (i == 0) start_batch();
                 fill(i);
                 swap_names(2);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "clusters.cuh"
 #include "sparse_mla_kernels.h"
 #include "sparse_mla_sm90_rows_load.cuh"
 #include "sparse_mla_sm90_rows_merge.cuh"
@@ -351,7 +352,8 @@ __device__ __forceinline__ bool score_valid(const Memory& shared, const Argument
 /* Two barriers of the team a tile: all maxima are there (and the old P is used up); P is there. */
 template <int kHeads, int kWide, int kSlots, int kTiles, typename Memory>
 __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared, const Place& at, int num_slots,
-                                             int first_dim, float (&sums)[kHeads / 4], float (&o)[kTiles][kHeads / 2]) {
+                                             float (&sums)[kHeads / 4], float (&o)[kTiles][kHeads / 2]) {
+    const int first_dim = first_dim_of<kWide>(at);
     constexpr int kTeamThreads = 128 * kWide;
     const int barrier = kTeam + at.team;
     const uint32_t weights = shared_address(shared.weights[at.team]) +
@@ -370,7 +372,8 @@ __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared,
         const bool are_usual = !named_barrier_any(barrier, kTeamThreads, is_unusual);
         /* A team knows only now, at a barrier it needs anyway, that a tile has unusual scales. The maxima, which serve
          * as references, are good enough. The place is taken anew because the usual path needs every register. */
-        if (!are_usual) score_valid<true, kHeads, kWide, kSlots>(shared, a, place_of_thread<kWide>(), slot, s);
+        if (__builtin_expect(!are_usual, 0))
+            score_valid<true, kHeads, kWide, kSlots>(shared, a, place_of_thread<kWide>(), slot, s);
         float reference[kHeads / 4];
         move_references<kHeads>(shared.references[at.team], maxima, at.c, reference, sums, o);
         const int team_thread = threadIdx.x % kTeamThreads;
@@ -384,7 +387,7 @@ __device__ __forceinline__ void attend_tiles(const Arguments& a, Memory& shared,
                 *(float2*)&shared.references[at.team][8 * j + 2 * at.c] =
                     make_float2(reference[2 * j], reference[2 * j + 1]);
         }
-        if (are_usual)
+        if (__builtin_expect(are_usual, 1))
             weigh_tile<true, kHeads, kWide, kSlots>(shared, at, slot, first_dim, o);
         else
             weigh_tile<false, kHeads, kWide, kSlots>(shared, at, slot, first_dim, o);
@@ -395,25 +398,31 @@ namespace {
 
 /* ---- kernel ---- */
 
+/* As the spread of CTAs without a cluster, which keep their parts in the workspace: Arguments::spread is how many. */
+constexpr int kKept = 0;
+
+template <int kSpread>
+constexpr int kCtasOfCluster = kSpread == kKept ? 1 : kSpread;
+
 /* Blocks of a row: num_parts parts of kHeads heads, each of kSpread CTAs that share the row's tiles as evenly as whole
- * tiles allow. A cluster is one (row, part). */
+ * tiles allow. A cluster is one (row, part). The launch overlaps the end of the kernel before, which may still be
+ * writing what this one reads. */
 template <int kHeads, int kWide, int kSlots, int kSpread, bool kOwnBuffer>
 __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Arguments a) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-    using Memory = Shared<kHeads, kWide, kSlots, kSpread, kOwnBuffer>;
+    using Memory = Shared<kHeads, kWide, kSlots, kCtasOfCluster<kSpread>, kOwnBuffer>;
     constexpr int kTileRows = 64 * kWide;
     extern __shared__ __align__(128) uint8_t memory[];
     Memory& shared = *(Memory*)memory;
-    const int rank = kSpread == 1 ? 0 : (int)cluster_rank();
-    const uint32_t unit = blockIdx.x / kSpread;
+    const int spread = kSpread == kKept ? a.spread : kSpread;
+    const int rank = kSpread == kKept ? (int)(blockIdx.x % (uint32_t)spread) : kSpread == 1 ? 0 : (int)cluster_rank();
+    const uint32_t unit = blockIdx.x / (uint32_t)spread;
     const uint32_t token = unit / (uint32_t)a.num_parts;
     const int first_head = unit % (uint32_t)a.num_parts * kHeads;
     const int32_t* ids = a.slot_ids + (int64_t)token * a.topk;
     const bool is_producer = threadIdx.x >= kConsumers;
-    /* most rows are full: their first ids need not wait for the count */
-    Range range = range_of<kTileRows, kSpread>(a.topk, rank);
-    int32_t id = is_producer ? load_id(ids, range, 0) : 0;
-    const int32_t count = a.counts == nullptr ? a.topk : min(max(__ldg(a.counts + token), 0), a.topk);
+    Range range = range_of<kTileRows>(a.topk, rank, spread);
+    prefetch_query<kHeads>(a, token, first_head, rank, spread);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kSlots; ++i) {
             barrier_init(shared_address(&shared.full[i]), kProducerWarps * 33); /* every thread's copies, `valid` */
@@ -426,23 +435,25 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
         shared.maxima[threadIdx.x / kHeads][0][threadIdx.x % kHeads] = ordered(-INFINITY);
         shared.references[threadIdx.x / kHeads][threadIdx.x % kHeads] = -INFINITY;
     }
+    wait_for_previous_kernel();
+    /* most rows are full: their first ids need not wait for the count */
+    int32_t id = is_producer ? load_id(ids, range, 0) : 0;
+    const int32_t count = a.counts == nullptr ? a.topk : min(max(__ldg(a.counts + token), 0), a.topk);
     __syncthreads();
-    if (kSpread > 1 && threadIdx.x == 0) expect_parts<kHeads, kSpread>(shared);
+    if (kSpread > 1 && threadIdx.x == 0) expect_parts<kHeads, kCtasOfCluster<kSpread>>(shared);
     if (kSpread > 1 && kOwnBuffer) cluster_arrive_relaxed(); /* what is sent must wait until every CTA has started */
     if (count != a.topk) {
-        range = range_of<kTileRows, kSpread>(count, rank);
+        range = range_of<kTileRows>(count, rank, spread);
         if (is_producer) id = load_id(ids, range, 0);
     }
     if (is_producer) {
         give_registers<kProducerRegisters>();
-        produce<Memory, kSlots>(a, shared, ids, range, id);
+        produce<Memory, kSlots, kHeads == 32 ? 4 : 0>(a, shared, ids, range, id);
         if (kSpread > 1 && !kOwnBuffer) cluster_arrive_relaxed();
         if (kSpread > 1) cluster_wait();
     } else {
         take_registers<kConsumerRegisters>();
         constexpr int kTiles = 8 / kWide; /* of 64 output dims, per warpgroup */
-        const Place at = place_of_thread<kWide>();
-        const int first_dim = (at.wide * 4 + at.warp) * (16 * kTiles) + at.g * (2 * kTiles);
         float o[kTiles][kHeads / 2];
         float sums[kHeads / 4]; /* of the weights of this thread's tokens */
 #pragma unroll
@@ -454,17 +465,18 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
         load_query<kHeads>(a, shared, token, first_head);
         fence_async_proxy();
         named_barrier_sync(kAllConsumers, kConsumers);
-        attend_tiles<kHeads, kWide, kSlots>(a, shared, at, range.num_slots, first_dim, sums, o);
+        attend_tiles<kHeads, kWide, kSlots>(a, shared, place_of_thread<kWide>(), range.num_slots, sums, o);
+        const Place at = place_of_thread<kWide>(); /* anew: the loop needs every register */
+        let_next_kernel_start();
         publish_sums<kHeads>(shared, at, sums);
         named_barrier_sync(kAllConsumers, kConsumers);
         /* this CTA's ring is idle: what was read from it has arrived, so there is nothing to release */
         if (kSpread > 1 && !kOwnBuffer) cluster_arrive_relaxed();
-        int kept_dim = first_dim;
-        if constexpr (kWide == 1) {
-            merge_teams<kHeads>(shared, at, o);
-            kept_dim += 8 * at.team;
-        }
-        if constexpr (kSpread == 1) {
+        if constexpr (kWide == 1) merge_teams<kHeads>(shared, at, o);
+        const int kept_dim = first_kept_dim<kWide>(at);
+        if constexpr (kSpread == kKept) {
+            store_part<kHeads, 2 / kWide>(a, shared, o);
+        } else if constexpr (kSpread == 1) {
             store_own_output<kHeads, kWide>(a, shared, at, token, first_head, kept_dim, o);
         } else {
             cluster_wait();
@@ -477,36 +489,68 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
 #endif
 }
 
+/* A block: one unit of one (row, part). */
+template <int kHeads, int kWide>
+__global__ void __launch_bounds__(kConsumers) merge_parts(const __grid_constant__ Arguments a) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    merge_unit<kHeads, kWide>(a, blockIdx.x / kUnitsOfThread<kHeads>, (int)(blockIdx.x % kUnitsOfThread<kHeads>));
+#endif
+}
+
 /* ---- launch ---- */
+
+/* Clusters of `cluster` CTAs, started while the kernel before ends. */
+template <typename Kernel>
+cudaError_t launch_overlapping(Kernel* kernel, int64_t num_blocks, int threads, int32_t shared_bytes, int cluster,
+                               const Arguments& a, cudaStream_t stream) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = (unsigned)cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)num_blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, kernel, a);
+}
 
 /* Bound: the cache rows, 656 bytes a token and part. From random places they come out of memory at 2.8 TB/s at most,
  * and into one multiprocessor at 18 bytes a cycle. Tensor cores: 68 products of 13 (16 heads) or 16 (32) cycles per 64
  * tokens; the conversion of the rows, twice each, takes about as long. */
 template <int kHeads, int kWide, int kSlots, int kSpread, bool kOwnBuffer>
 dsa_status launch(const Arguments& a, int64_t num_tokens, const Device& device, cudaStream_t stream) {
-    constexpr int32_t kBytes = sizeof(Shared<kHeads, kWide, kSlots, kSpread, kOwnBuffer>);
+    constexpr int kCluster = kCtasOfCluster<kSpread>;
+    constexpr int32_t kBytes = sizeof(Shared<kHeads, kWide, kSlots, kCluster, kOwnBuffer>);
     static_assert(kBytes <= 232448, "the shared memory of a multiprocessor");
     static_assert(kSlots >= 4, "a tile of two warpgroups, or one of each team");
-    static_assert(Shares<kHeads, kSpread>::kBytes + kBoxBytes<kHeads, kWide> <= kSlots * kSlotBytes, "the idle ring");
+    static_assert(Shares<kHeads, kCluster>::kBytes + kBoxBytes<kHeads, kWide> <= kSlots * kSlotBytes, "the idle ring");
     if (device.max_shared_bytes < kBytes) return DSA_UNSUPPORTED;
-    const int64_t num_blocks = num_tokens * a.num_parts * kSpread;
+    const int64_t num_blocks = num_tokens * a.num_parts * (kSpread == kKept ? a.spread : kSpread);
     if (num_blocks > INT32_MAX) return DSA_UNSUPPORTED;
     auto* kernel = attend<kHeads, kWide, kSlots, kSpread, kOwnBuffer>;
     dsa_status status = allow_shared_bytes(kernel, kBytes);
     if (status == DSA_OK && kSpread > 8)
         status = status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     if (status != DSA_OK) return status;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = kSpread, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)num_blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = kSpread > 1 ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, a);
+    const cudaError_t error = launch_overlapping(kernel, num_blocks, kThreads, kBytes, kCluster, a, stream);
+    return error != cudaSuccess ? status_of(error) : launched(stream);
+}
+
+/* Bound: what the CTAs kept, 64 or 32 KB each of at most one a multiprocessor: 8.4 MB, which the L2 still has. */
+template <int kHeads, int kWide, int kSlots>
+dsa_status launch_keeping_parts(const Arguments& a, int64_t num_tokens, const Device& device, cudaStream_t stream) {
+    const dsa_status status = launch<kHeads, kWide, kSlots, kKept, false>(a, num_tokens, device, stream);
+    if (status != DSA_OK) return status;
+    const int64_t num_blocks = num_tokens * a.num_parts * kUnitsOfThread<kHeads>;
+    const cudaError_t error =
+        launch_overlapping(merge_parts<kHeads, kWide>, num_blocks, kConsumers, 0, 1, a, stream);
     return error != cudaSuccess ? status_of(error) : launched(stream);
 }
 
@@ -528,53 +572,86 @@ Arguments arguments_of(const dsa_sparse_mla_params& params, int32_t heads) {
     return a;
 }
 
-/* How a row is cut: heads of a part, CTAs of a cluster. */
+/* How a row is cut: heads of a part, CTAs that share its slots, as a cluster or keeping their parts. */
 struct Plan {
     int32_t heads;
     int32_t spread;
+    bool keeps_parts;
 };
 
-/* Measured on an H200 of 132 multiprocessors: how many clusters run at once (they must fit into the parts of the device
- * that share a crossbar port, and those differ in size from device to device), and what a CTA's work costs. */
+/* Measured on an H200 of 132 multiprocessors: how many clusters run at once, and what a CTA's work costs. */
 struct Spread {
     int32_t ctas;
     int32_t clusters_at_once;
 };
 constexpr Spread kSpreads[] = {{1, 132}, {2, 66}, {3, 38}, {4, 29}, {6, 16}, {8, 14}, {16, 6}};
 constexpr int32_t kMeasuredMultiprocessors = 132;
-constexpr int32_t kMaxSpreadOf32Heads = 2; /* smaller parts win where a row is spread more */
 
-struct Cost { /* tenths of a microsecond */
+/* The same on any device: as many for its size, and no more than it says. 0: not one. */
+int64_t rows_at_once(const Spread& spread, const Device& device) {
+    if (spread.ctas == 1) return device.num_multiprocessors;
+    const int64_t expected = (int64_t)spread.clusters_at_once * device.num_multiprocessors / kMeasuredMultiprocessors;
+    return std::min<int64_t>(expected, clusters_at_once(device, spread.ctas));
+}
+
+struct Cost { /* microseconds */
     int32_t heads;
-    int32_t start_and_merge;
-    int32_t step; /* 128 tokens */
+    int32_t largest_cluster;
+    double start_and_merge;
+    double step; /* 128 tokens */
+    double start_and_keep; /* with the other kernel, which takes longer the more CTAs kept something */
+    double keeping_step;
+    double keeping_cta;
 };
-constexpr Cost kCosts[] = {{16, 75, 26}, {32, 90, 36}};
+constexpr Cost kCosts[] = {{16, 16, 5.9, 2.75, 5.7, 2.6, 0.026}, {32, 2, 8.2, 3.65, 4.7, 3.75, 0.045}};
+constexpr int32_t kStepTokens = 128;
 
-/* The plan with the least estimated time. */
-Plan choose_plan(const dsa_sparse_mla_params& params, const Device& device, int64_t num_rows_hint) {
-    constexpr int64_t kStepTokens = 128;
-    const int64_t steps = (params.topk + kStepTokens - 1) / kStepTokens;
-    Plan best = {16, 1};
+int64_t units_of(const dsa_sparse_mla_params& params, int32_t heads, int64_t num_rows) {
+    return num_rows * ((params.num_heads + heads - 1) / heads);
+}
+
+/* The plan with the least estimated time. Parts are kept only where all CTAs run at once. */
+Plan choose_plan(const dsa_sparse_mla_params& params, const Device& device, int64_t num_rows_hint, bool may_keep) {
+    const int64_t steps = ((int64_t)params.topk + kStepTokens - 1) / kStepTokens;
+    Plan best = {16, 1, false};
     double best_time = INFINITY;
-    for (const Cost& cost : kCosts)
+    const auto consider = [&](const Plan& plan, double time) {
+        if (time < best_time) best = plan, best_time = time;
+    };
+    for (const Cost& cost : kCosts) {
+        if (cost.heads == 32 && params.num_heads <= 16) continue;
+        const int64_t units = units_of(params, cost.heads, num_rows_hint);
         for (const Spread& spread : kSpreads) {
-            if (cost.heads == 32 && (spread.ctas > kMaxSpreadOf32Heads || params.num_heads <= 16)) continue;
-            const int64_t clusters = num_rows_hint * ((params.num_heads + cost.heads - 1) / cost.heads);
-            const int64_t at_once =
-                (int64_t)spread.clusters_at_once * device.num_multiprocessors / kMeasuredMultiprocessors;
-            if (at_once == 0) continue; /* a slice of a device may not hold such a cluster at all */
-            const double waves = (double)((clusters + at_once - 1) / at_once);
+            const int64_t at_once = rows_at_once(spread, device);
+            if (spread.ctas > cost.largest_cluster || at_once == 0) continue;
+            const double waves = (double)((units + at_once - 1) / at_once);
             const double cta_steps = (double)((steps + spread.ctas - 1) / spread.ctas);
-            const double time = waves * (cost.start_and_merge + cta_steps * cost.step);
-            if (time < best_time) best = {cost.heads, spread.ctas}, best_time = time;
+            consider({cost.heads, spread.ctas, false}, waves * (cost.start_and_merge + cta_steps * cost.step));
         }
+        const int64_t most = std::min(steps, device.num_multiprocessors / units);
+        if (!may_keep || most < 2) continue;
+        const int64_t cta_steps = (steps + most - 1) / most;
+        const int64_t spread = (steps + cta_steps - 1) / cta_steps; /* no more than these steps need */
+        consider({cost.heads, (int32_t)spread, true}, cost.start_and_keep + (double)cta_steps * cost.keeping_step +
+                                                          (double)(units * spread) * cost.keeping_cta);
+    }
     return best;
+}
+
+int64_t kept_ctas(const dsa_sparse_mla_params& params, const Plan& plan) {
+    return plan.keeps_parts ? units_of(params, plan.heads, params.num_tokens) * plan.spread : 0;
+}
+
+int64_t kept_output_bytes(const dsa_sparse_mla_params& params, const Plan& plan) {
+    return kept_ctas(params, plan) * plan.heads * kLatent * (int64_t)sizeof(float);
 }
 
 /* The rings fill the shared memory; at 16 CTAs a row of 2048 ids needs 4 slots, and what arrives has its own buffer. */
 dsa_status launch_plan(const Plan& plan, const Arguments& a, int64_t num_tokens, const Device& device,
                        cudaStream_t stream) {
+    if (plan.keeps_parts)
+        return plan.heads == 16 ? launch_keeping_parts<16, 1, 9>(a, num_tokens, device, stream)
+                                : launch_keeping_parts<32, 2, 8>(a, num_tokens, device, stream);
     switch (plan.heads * 100 + plan.spread) {
         case 1601: return launch<16, 1, 9, 1, false>(a, num_tokens, device, stream);
         case 1602: return launch<16, 1, 9, 2, false>(a, num_tokens, device, stream);
@@ -592,12 +669,22 @@ dsa_status launch_plan(const Plan& plan, const Arguments& a, int64_t num_tokens,
 }  // namespace
 }  // namespace rows
 
+size_t sparse_mla_sm90_rows_workspace_bytes(const dsa_sparse_mla_params& params, const Device& device) {
+    using namespace rows;
+    const Plan plan = choose_plan(params, device, std::max<int64_t>(params.num_tokens, 1), true);
+    const int64_t sums = kept_ctas(params, plan) * plan.heads * (int64_t)sizeof(float2);
+    return (size_t)(kept_output_bytes(params, plan) + sums);
+}
+
 dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params& params, const Device& device, int64_t num_rows_hint,
-                                cudaStream_t stream) {
+                                bool has_workspace, cudaStream_t stream) {
     using namespace rows;
     if (!device.has_hopper_instructions) return DSA_UNSUPPORTED;
-    const Plan plan = choose_plan(params, device, std::max<int64_t>(num_rows_hint, 1));
-    const Arguments a = arguments_of(params, plan.heads);
+    const Plan plan = choose_plan(params, device, std::max<int64_t>(num_rows_hint, 1), has_workspace);
+    Arguments a = arguments_of(params, plan.heads);
+    a.spread = plan.spread;
+    a.outputs = (float4*)params.workspace;
+    a.sums = (float2*)((uint8_t*)params.workspace + kept_output_bytes(params, plan));
     return launch_plan(plan, a, params.num_tokens, device, stream);
 }
 

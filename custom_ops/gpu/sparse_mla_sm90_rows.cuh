@@ -69,6 +69,9 @@ struct Arguments {
     int32_t num_heads;
     int32_t num_parts; /* of kHeads heads */
     int32_t topk;
+    int32_t spread;    /* CTAs of a row and part that leave what they found in the workspace */
+    float4* outputs;   /* there, of every such CTA: [units of a thread][kConsumers], as Shares counts units */
+    float2* sums;      /* [kHeads]: reference, sum */
     float scale_log2; /* softmax_scale * log2(e) */
 };
 
@@ -260,6 +263,19 @@ __device__ __forceinline__ Place place_of_thread() {
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     const int lane = threadIdx.x & 31;
     return {kWide == 2 ? 0 : warp >> 2, kWide == 2 ? warp >> 2 : 0, warp & 3, lane >> 2, lane & 3};
+}
+
+/* Output tile m of a thread has dims first_dim_of + 2 m (fragment row g) and + 2 m + 1 (row g + 8). */
+template <int kWide>
+__device__ __forceinline__ int first_dim_of(const Place& at) {
+    constexpr int kTiles = 8 / kWide; /* of 64 dims, per warpgroup */
+    return (at.wide * 4 + at.warp) * (16 * kTiles) + at.g * (2 * kTiles);
+}
+
+/* The same once two teams have merged and each has kept half of the tiles. */
+template <int kWide>
+__device__ __forceinline__ int first_kept_dim(const Place& at) {
+    return first_dim_of<kWide>(at) + (kWide == 1 ? 8 * at.team : 0);
 }
 
 }  // namespace rows

@@ -19,11 +19,11 @@ struct Range {
     int32_t count;
 };
 
-template <int kTileRows, int kSpread>
-__device__ __forceinline__ Range range_of(int32_t count, int rank) {
+template <int kTileRows>
+__device__ __forceinline__ Range range_of(int32_t count, int rank, int spread) {
     const int64_t all_tiles = ((int64_t)count + kTileRows - 1) / kTileRows;
-    const int32_t first_tile = (int32_t)(all_tiles * rank / kSpread);
-    const int32_t num_tiles = (int32_t)(all_tiles * (rank + 1) / kSpread) - first_tile;
+    const int32_t first_tile = (int32_t)((uint64_t)(all_tiles * rank) / (uint32_t)spread);
+    const int32_t num_tiles = (int32_t)((uint64_t)(all_tiles * (rank + 1)) / (uint32_t)spread) - first_tile;
     return {first_tile * kTileRows, num_tiles * (kTileRows / kSlotRows), count};
 }
 
@@ -43,8 +43,9 @@ __device__ __forceinline__ int32_t load_id(const int32_t* ids, const Range& rang
     return slot < (uint32_t)range.num_slots && i < (uint32_t)range.count ? __ldg(ids + i) : -1;
 }
 
-/* Rows of ids that do not count arrive as zeros and with a zero in `valid`. */
-template <typename Memory, int kSlots>
+/* Rows of ids that do not count arrive as zeros and with a zero in `valid`. kFirstSlots: the rest waits until these
+ * have arrived, so that the work begins sooner; 0 where memory is the limit. */
+template <typename Memory, int kSlots, int kFirstSlots>
 __device__ __forceinline__ void produce(const Arguments& a, Memory& shared, const int32_t* ids, const Range& range,
                                         int32_t next_id) {
     const int warp = (threadIdx.x >> 5) - kConsumerWarps;
@@ -63,6 +64,7 @@ __device__ __forceinline__ void produce(const Arguments& a, Memory& shared, cons
             address = (uint64_t)(is_valid ? row_address(a, id) : a.query);
         }
         if (i >= kSlots) barrier_wait(shared_address(&shared.free[slot]), (i / kSlots - 1) & 1);
+        if (kFirstSlots > 0 && i == kFirstSlots) barrier_wait(shared_address(&shared.full[kFirstSlots - 1]), 0);
         const uint32_t slot_valid = valid >> (in_batch * kProducerRows) & 0xFF;
         if (lane == 0) shared.valid[slot][warp] = (uint8_t)slot_valid;
         const uint32_t to = ring + slot * kSlotBytes;
@@ -86,6 +88,18 @@ __device__ __forceinline__ void produce(const Arguments& a, Memory& shared, cons
 
 /* ---- the query ---- */
 
+/* Asks for the query to be brought into the L2, where the kernel before sees the same bytes, should it be writing
+ * them. */
+template <int kHeads>
+__device__ __forceinline__ void prefetch_query(const Arguments& a, uint32_t token, int first_head, int rank,
+                                               int spread) {
+    constexpr int kLineBytes = 128;
+    const uint8_t* query = a.query + ((int64_t)token * a.num_heads + first_head) * (kWidth * 2);
+    const int bytes = min(kHeads, a.num_heads - first_head) * (kWidth * 2);
+    for (int i = (rank * kThreads + threadIdx.x) * kLineBytes; i < bytes; i += spread * kThreads * kLineBytes)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(query + i));
+}
+
 /* 64 dims j: thread c of a fragment reads bytes 64 j + 16 c .. + 15 of a row at once, four for each of four k-steps;
  * the query has its dims in that order. Core matrices of 8 heads x 16 bytes, heads next to one another. */
 template <int kHeads>
@@ -98,57 +112,70 @@ __device__ __forceinline__ uint32_t largest_magnitude(const uint4& v) {
     return __vmaxu2(__vmaxu2(v.x & kMagnitude, v.y & kMagnitude), __vmaxu2(v.z & kMagnitude, v.w & kMagnitude));
 }
 
-/* Eight latent dims of a head. The lanes of 16 neighbours hold a whole group. */
+/* A group of 128 dims of a head. Four neighbouring lanes hold it: lane c the pieces of 8 dims 8 k + 2 c + e, which
+ * become the words c of eight k-steps, so that the eight heads of a warp fill all banks with every store. */
+constexpr int kPiecesOfLane = 4; /* (k, e): 2 k + e */
+
 template <int kHeads, typename Memory>
-__device__ __forceinline__ void store_latent_query(Memory& shared, const uint4& v, int head, int piece,
-                                                   float scale_log2) {
-    uint32_t largest = largest_magnitude(v);
+__device__ __forceinline__ void store_latent_query(Memory& shared, const uint4 (&v)[kPiecesOfLane], int head, int group,
+                                                   int c, float scale_log2) {
+    uint32_t largest = __vmaxu2(__vmaxu2(largest_magnitude(v[0]), largest_magnitude(v[1])),
+                                __vmaxu2(largest_magnitude(v[2]), largest_magnitude(v[3])));
 #pragma unroll
-    for (int distance = 1; distance < 16; distance *= 2)
+    for (int distance = 1; distance < 4; distance *= 2)
         largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, distance));
     largest = max(largest & 0xFFFF, largest >> 16);
     /* the exponent field e of bfloat16; 2^(e - 127) becomes 2^8 */
     const uint32_t exponent = min(max(largest >> 7, 9u), 253u);
     const float factor = __uint_as_float((262 - exponent) << 23);
-    if ((piece & 15) == 0)
-        shared.query_scales[piece >> 4][head] = __uint_as_float((exponent - 8) << 23) * scale_log2;
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    const int step = piece / 8 * 4 + 2 * (piece & 1), c = (piece >> 1) & 3;
+    if (c == 0) shared.query_scales[group][head] = __uint_as_float((exponent - 8) << 23) * scale_log2;
+    uint8_t* to = shared.query + query_offset<kHeads>(group * 8, c, 0, head);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float low = __uint_as_float(words[i] << 16) * factor;
-        const float high = __uint_as_float(words[i] & 0xFFFF0000) * factor;
-        *(uint32_t*)(shared.query + query_offset<kHeads>(step + (i >> 1), c, i & 1, head)) = pack_f16(low, high);
+    for (int i = 0; i < kPiecesOfLane; ++i) {
+        const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const float low = __uint_as_float(words[w] << 16) * factor;
+            const float high = __uint_as_float(words[w] & 0xFFFF0000) * factor;
+            *(uint32_t*)(to + query_offset<kHeads>(2 * i + (w >> 1), 0, w & 1, 0)) = pack_f16(low, high);
+        }
     }
 }
 
+/* Warps take eight heads of a group at a time. */
 template <int kHeads, typename Memory>
 __device__ __forceinline__ void load_query(const Arguments& a, Memory& shared, uint32_t token, int first_head) {
-    constexpr int kLatentPieces = kLatent / 8, kRopePieces = kRope / 8;
-    constexpr int kLoads = kHeads * kLatentPieces / kConsumers;
+    constexpr int kRopePieces = kRope / 8;
+    constexpr int kLoads = kHeads / 8 * kGroups / kConsumerWarps;
     const uint8_t* query = a.query + ((int64_t)token * a.num_heads + first_head) * (kWidth * 2);
     const int num_heads = a.num_heads - first_head;
-    uint4 latent[kLoads], rope = make_uint4(0, 0, 0, 0);
+    const int warp = threadIdx.x / 32, c = threadIdx.x % 4, head_of_eight = threadIdx.x % 32 / 4;
+    uint4 latent[kLoads][kPiecesOfLane], rope = make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-        const int item = threadIdx.x + i * kConsumers, head = item / kLatentPieces;
-        latent[i] = make_uint4(0, 0, 0, 0);
-        if (head < num_heads) latent[i] = load_16(query + head * (kWidth * 2) + item % kLatentPieces * 16);
+    for (int n = 0; n < kLoads; ++n) {
+        const int item = warp + n * kConsumerWarps, group = item % kGroups, head = item / kGroups * 8 + head_of_eight;
+        const uint8_t* from = query + head * (kWidth * 2) + group * 256 + c * 32;
+#pragma unroll
+        for (int i = 0; i < kPiecesOfLane; ++i) {
+            latent[n][i] = make_uint4(0, 0, 0, 0);
+            if (head < num_heads) latent[n][i] = load_16(from + (i >> 1) * 128 + (i & 1) * 16);
+        }
     }
     const int rope_head = threadIdx.x / kRopePieces, rope_piece = threadIdx.x % kRopePieces;
     if (rope_head < kHeads && rope_head < num_heads)
         rope = load_16(query + rope_head * (kWidth * 2) + kLatent * 2 + rope_piece * 16);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-        const int item = threadIdx.x + i * kConsumers;
-        store_latent_query<kHeads>(shared, latent[i], item / kLatentPieces, item % kLatentPieces, a.scale_log2);
+    for (int n = 0; n < kLoads; ++n) {
+        const int item = warp + n * kConsumerWarps;
+        store_latent_query<kHeads>(shared, latent[n], item / kGroups * 8 + head_of_eight, item % kGroups, c,
+                                   a.scale_log2);
     }
     if (rope_head < kHeads) {
-        const int step = kSteps - kRopeSteps + rope_piece / 4 * 2, c = rope_piece & 3;
+        const int step = kSteps - kRopeSteps + rope_piece / 4 * 2, rope_c = rope_piece & 3;
         const uint32_t words[4] = {rope.x, rope.y, rope.z, rope.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            *(uint32_t*)(shared.query + query_offset<kHeads>(step + (i >> 1), c, i & 1, rope_head)) = words[i];
+            *(uint32_t*)(shared.query + query_offset<kHeads>(step + (i >> 1), rope_c, i & 1, rope_head)) = words[i];
     }
 }
 

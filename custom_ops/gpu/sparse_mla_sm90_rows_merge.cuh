@@ -4,7 +4,8 @@
  *   out = sum_r w_r O_r / sum_r w_r l_r,  w_r = 2^(reference_r - largest reference), in the order of the ranks r
  *
  * The only barrier of the cluster says that every CTA is ready to receive; the bytes that arrive count at a barrier of
- * the owner's shared memory.
+ * the owner's shared memory. Where clusters would leave multiprocessors unused, CTAs keep their parts in the workspace
+ * instead, and another kernel, merge_parts, merges them in the same order.
  */
 #ifndef DSA_GPU_SPARSE_MLA_SM90_ROWS_MERGE_CUH_
 #define DSA_GPU_SPARSE_MLA_SM90_ROWS_MERGE_CUH_
@@ -184,6 +185,73 @@ __device__ __forceinline__ void store_own_output(const Arguments& a, const Memor
             *(uint4*)to = make_uint4(packed[0], packed[1], packed[2], packed[3]);
             if (first_dim == 0 && a.lse != nullptr) a.lse[index] = lse_of(sums.x, sums.y);
         }
+}
+
+/* ---- parts in the workspace ---- */
+
+template <int kHeads>
+constexpr int kUnitsOfThread = kHeads / 2; /* of a CTA's part: 4 dims of one head each, in the order (j, e, dims) */
+
+/* Numbers relative to the CTA's own references. A warp stores 512 neighbouring bytes at a time. */
+template <int kHeads, int kTeams, int kTiles, typename Memory>
+__device__ __forceinline__ void store_part(const Arguments& a, const Memory& shared,
+                                           const float (&o)[kTiles][kHeads / 2]) {
+    uint32_t block, thread; /* read here, or addresses would take registers all through the loop over tiles */
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    float4* to = a.outputs + (int64_t)block * (kUnitsOfThread<kHeads> * kConsumers) + thread;
+#pragma unroll
+    for (int unit = 0; unit < kUnitsOfThread<kHeads>; ++unit) {
+        const int i = unit / 4 * 4 + (unit / 2 & 1), m = unit % 2 * 2;
+        to[unit * kConsumers] = make_float4(o[m][i], o[m][i + 2], o[m + 1][i], o[m + 1][i + 2]);
+    }
+    if (thread < kHeads) a.sums[(int64_t)block * kHeads + thread] = sums_of_block<kTeams>(shared, thread);
+}
+
+/* One unit of every thread of a row's part of heads: the parts of its CTAs, weighed in their order. */
+template <int kHeads, int kWide>
+__device__ __forceinline__ void merge_unit(const Arguments& a, int64_t row_and_heads, int unit) {
+    const Place at = place_of_thread<kWide>();
+    constexpr int kAtOnce = 8; /* loads in flight */
+    constexpr int64_t kStride = kUnitsOfThread<kHeads> * kConsumers;
+    const int64_t first_part = row_and_heads * a.spread;
+    const float4* outputs = a.outputs + first_part * kStride + unit * kConsumers + threadIdx.x;
+    const int head = unit / 4 * 8 + 2 * at.c + (unit / 2 & 1);
+    const float2* sums = a.sums + first_part * kHeads + head;
+    float reference = -INFINITY, sum = 0.0f;
+    float4 total = {};
+    for (int first = 0; first < a.spread; first += kAtOnce) {
+        float4 v[kAtOnce];
+        float2 s[kAtOnce];
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+            v[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f), s[r] = make_float2(-INFINITY, 0.0f);
+            if (first + r < a.spread)
+                v[r] = __ldcg(outputs + (first + r) * kStride), s[r] = __ldcg(sums + (first + r) * kHeads);
+        }
+        float common = reference;
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) common = fmaxf(common, s[r].x);
+        const float kept = relative_weight(reference, common);
+        sum *= kept, total.x *= kept, total.y *= kept, total.z *= kept, total.w *= kept;
+        reference = common;
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+            const float weight = relative_weight(s[r].x, common);
+            sum = fmaf(weight, s[r].y, sum);
+            total.x = fmaf(weight, v[r].x, total.x), total.y = fmaf(weight, v[r].y, total.y);
+            total.z = fmaf(weight, v[r].z, total.z), total.w = fmaf(weight, v[r].w, total.w);
+        }
+    }
+    const int token = (int)(row_and_heads / a.num_parts);
+    const int first_head = (int)(row_and_heads - (int64_t)token * a.num_parts) * kHeads;
+    if (first_head + head >= a.num_heads) return;
+    const float inverse = reference == -INFINITY ? 0.0f : 1.0f / sum;
+    const int64_t index = (int64_t)token * a.num_heads + first_head + head;
+    const int dim = first_kept_dim<kWide>(at) + unit % 2 * 4;
+    *(uint2*)(a.out + (index * kLatent + dim) * 2) = make_uint2(pack_bf16(total.x * inverse, total.y * inverse),
+                                                               pack_bf16(total.z * inverse, total.w * inverse));
+    if (dim == 0 && a.lse != nullptr) a.lse[index] = lse_of(reference, sum);
 }
 
 }  // namespace rows

@@ -24,9 +24,9 @@ namespace topk {
 
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
 
-/* When the next kernel may start, to wait for this one: where this one leaves multiprocessors free, at once; else CTAs
- * of the next would crowd out some of its own. */
-enum { kNever = 0, kNearTheEnd = 1, kAtOnce = 2 };
+/* When the next kernel may start, to wait for this one. What a launch fetches of the next one's code does not last: too
+ * early costs more than it hides. */
+enum { kNever = 0, kNearTheEnd = 1, kAtOnce = 2, kAfterCollecting = 3 };
 
 struct Problem {
     const float* logits;

@@ -639,6 +639,9 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(const __g
     collect_part<kThreads, kTileVectors, (kCtas < 4)>(shared, row, part, mine, room.capacity, guess, scores, valid,
                                                       vector, edge);
     __syncthreads();
+#if DSA_TOPK_HOPPER
+    if (p.lets_next_start == kAfterCollecting) let_next_kernel_start();
+#endif
     mine.count = shared.num_uncertain;
     Gathered gathered = {};
     Table table;
@@ -665,9 +668,6 @@ __global__ __launch_bounds__(kThreads, kCtas) void topk_sampled_kernel(const __g
         share = rank_gathered<kThreads>(p, shared, gathered, cta, guess);
     else
         share = share_from_leader<kThreads>(p, shared, mine, gather, cta, gathered, guess);
-#if DSA_TOPK_HOPPER
-    if (p.lets_next_start == kNearTheEnd) let_next_kernel_start();
-#endif
     /* The gathered keys are not needed any more. */
     write_selected<kThreads, kClustered>(p, row, t, shared, mine, part, edge, share, table,
                                          kClustered ? (int32_t*)gather : staged);

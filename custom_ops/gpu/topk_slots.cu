@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "clusters.cuh"
 #include "launch.h"
 #include "sizes.h"
 #include "topk_sampled.cuh"
@@ -19,8 +20,8 @@ constexpr int32_t kLeastCapacity = 1024;               /* uncertain scores */
 constexpr int32_t kLeastPartLength = 1024;
 constexpr int32_t kTileLength = 8192;   /* of 512 threads */
 constexpr int32_t kLongLength = 32768;  /* from here on a tile ahead is worth more than a fourth CTA */
-constexpr int32_t kUsualCtasPerRow = 8; /* what a cluster may have on every device */
-constexpr int32_t kFewRows = 4;         /* that can have clusters of 16 CTAs side by side on a whole device */
+constexpr int32_t kUsualCtasPerRow = 8; /* of a cluster that every kernel may have */
+constexpr int32_t kFewRows = 4;         /* that have clusters of 16 CTAs side by side on a whole device */
 constexpr int32_t kWholeDevice = 100;   /* multiprocessors */
 
 dsa_status check(const dsa_topk_slots_params& p) {
@@ -75,6 +76,7 @@ int32_t ctas_per_row(const Device& device, int64_t num_rows, int32_t length) {
         ctas *= 2;
     }
     if (num_rows <= kFewRows && device.num_multiprocessors >= kWholeDevice && length > kTileLength * ctas) ctas *= 2;
+    while (ctas > 1 && clusters_at_once(device, ctas) == 0) ctas /= 2;
     return ctas;
 }
 
@@ -178,7 +180,7 @@ dsa_status select(Problem p, int64_t num_rows, const Device& device, cudaStream_
     p.ctas_per_row = ctas_per_row(device, num_rows, p.max_length);
     while (1 << p.ctas_per_row_log2 < p.ctas_per_row) ++p.ctas_per_row_log2;
     if (p.topk > topk::kMaxCandidateTopk) return launch_digits(p, num_rows, device, stream);
-    p.lets_next_start = topk::kNearTheEnd;
+    p.lets_next_start = topk::kAfterCollecting;
     if (p.ctas_per_row > 1) {
         /* As few threads as have one tile each: every warp more is one more to issue the same instructions. */
         const int32_t part = p.max_length / p.ctas_per_row;

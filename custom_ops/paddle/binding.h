@@ -24,6 +24,10 @@
 #include "sizes.h"
 
 namespace dsa {
+namespace gpu {
+int32_t current_device(); /* current_device.cu, in a build with CUDA */
+}
+
 namespace binding {
 
 using paddle::DataType;
@@ -80,7 +84,8 @@ void* stream_of(const Tensor& tensor);
 
 /* Where a call runs: where its first tensor lies, and all others must lie there, too.
  *
- * "Not on the CPU" stands for CUDA: GPUs that come to Paddle as a plugin have a place of their own kind.
+ * "Not on the CPU" stands for CUDA: GPUs that come to Paddle as a plugin have a place of their own kind. A kernel goes
+ * to the current GPU, which cannot read another one's memory, so that is where tensors must lie.
  */
 class Device {
   public:
@@ -93,6 +98,7 @@ class Device {
         if (!first_) {
             first_ = &tensor;
             first_argument_ = argument;
+            expect_current(argument, tensor.place());
         } else if (tensor.place() != first_->place()) {
             refuse(std::string(argument) + ": expected a tensor on " + first_->place().DebugString() + " like " +
                    first_argument_ + ", got one on " + tensor.place().DebugString());
@@ -104,6 +110,17 @@ class Device {
     void* stream() const { return stream_of(*first_); }
 
   private:
+    static void expect_current(const char* argument, const phi::Place& place) {
+        if constexpr (kHasCuda) {
+            if (place.GetType() == phi::AllocationType::CPU) return;
+            const int32_t current = gpu::current_device();
+            if (current < 0 || current == place.GetDeviceId()) return;
+            const phi::Place expected(place.GetType(), (int8_t)current, place.GetDeviceType());
+            refuse(std::string(argument) + ": expected a tensor on the current device, " + expected.DebugString() +
+                   ", got one on " + place.DebugString());
+        }
+    }
+
     const Tensor* first_ = nullptr;
     const char* first_argument_ = nullptr;
 };

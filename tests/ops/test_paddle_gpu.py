@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,28 @@ def test_a_tensor_on_another_device_is_refused(
     words = rf"\b{name}: expected a tensor on Place\(\S+\) like \w+, got one on|: expected .* like {name}, got one on"
     with pytest.raises(ValueError, match=words):
         getattr(ops, op)(**{**changed, name: other[name]})
+
+
+def all_gpus(implementation: PaddleOps) -> list[Any]:
+    """Paddle's places of the kind that the implementation runs on."""
+    here = implementation.gpu
+    if isinstance(here, paddle.CUDAPlace):
+        return [paddle.CUDAPlace(i) for i in range(paddle.device.cuda.device_count())]
+    kind = here.get_device_type()
+    return [paddle.CustomPlace(kind, i) for i in range(paddle.base.core.get_custom_device_count(kind))]
+
+
+@pytest.mark.parametrize("op", FITTING)
+def test_a_call_takes_tensors_of_the_current_gpu_alone(paddle_gpu_implementation: PaddleOps, op: str) -> None:
+    """With one GPU only half of it is tested."""
+    words = r"\b\w+: expected a tensor on the current device, Place\(\S+\b0\), got one on Place\(\S+\b{}\)"
+    for number, place in enumerate(all_gpus(paddle_gpu_implementation)):
+        arguments = on_gpu(replace(paddle_gpu_implementation, gpu=place), FITTING[op]())
+        if number == 0:
+            made_by(op, arguments)
+        else:
+            with pytest.raises(ValueError, match=words.format(number)):
+                made_by(op, arguments)
 
 
 @pytest.mark.parametrize("op", FITTING)
