@@ -10,11 +10,11 @@ from typing import Any
 from cache_manager.config import CacheConfig, WritePolicy
 from cache_manager.copier import BlockCopier
 from cache_manager.errors import CacheError, CacheInUse, CacheMoved
-from cache_manager.group import CacheGroup, CacheOwner, Tensor
+from cache_manager.group import CacheGroup, CacheOwner, Tensor, create_group
 from cache_manager.host_cache import HostAllocator, HostCache, PlainAllocator
 from cache_manager.mover import BlockMover
-from cache_manager.spec import TensorKey, ordered_keys
-from cache_manager.transfer import CacheSwapMetadata, LayerDoneCounter
+from cache_manager.spec import MAIN_POOL, CachePool, TensorKey
+from cache_manager.transfer import BlockPairs, CacheSwapMetadata, LayerDoneCounter
 
 
 class CacheController:
@@ -70,26 +70,38 @@ class CacheController:
     @property
     def num_bytes(self) -> int:
         """Bytes of all cache tensors on the device."""
-        return sum(
-            spec.bytes_per_block_all_layers * group.num_blocks
-            for group in self._groups.values()
-            for spec in group.specs
-        )
+        return sum(group.num_bytes for group in self._groups.values())
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes that one block takes over all tensors of all groups."""
-        return sum(spec.bytes_per_block_all_layers for group in self._groups.values() for spec in group.specs)
+        """Bytes that one block of the main pool takes over all tensors of all groups."""
+        return self.pool_bytes_per_block(MAIN_POOL)
+
+    @property
+    def pools(self) -> tuple[CachePool, ...]:
+        """The pools of all groups besides the main one."""
+        return tuple({pool.name: pool for group in self._groups.values() for pool in group.pools}.values())
 
     @property
     def num_device_blocks(self) -> int | None:
-        """Blocks that every group has; None without groups."""
-        return min((group.num_blocks for group in self._groups.values()), default=None)
+        """Main blocks that every group has; None without groups."""
+        return self._mover.num_device_blocks(MAIN_POOL) if self._groups else None
 
     @property
     def num_host_blocks(self) -> int:
-        """Blocks of the host tier; 0 if it does not exist (yet)."""
-        return 0 if self._mover.host is None else self._mover.host.num_blocks
+        """Main blocks of the host tier; 0 if it does not exist (yet)."""
+        return 0 if self._mover.host is None else self._mover.host.num_blocks[MAIN_POOL]
+
+    @property
+    def window_blocks(self) -> dict[str, int]:
+        """Device blocks of the other pools."""
+        return {pool.name: self._mover.num_device_blocks(pool.name) for pool in self.pools}
+
+    @property
+    def host_window_blocks(self) -> dict[str, int]:
+        """Host blocks of the other pools; empty if there is no host tier (yet)."""
+        host = self._mover.host
+        return {} if host is None else {pool.name: host.num_blocks[pool.name] for pool in self.pools}
 
     @property
     def generation(self) -> int:
@@ -111,6 +123,11 @@ class CacheController:
         """Of the latest load to the device."""
         return self._mover.latest_load
 
+    def pool_bytes_per_block(self, pool: str) -> int:
+        """Bytes that one block of a pool takes over all tensors of all groups."""
+        specs = (spec for group in self._groups.values() for spec in group.specs)
+        return sum(spec.bytes_per_block_all_layers for spec in specs if spec.pool == pool)
+
     def initialize_kv_cache(self, attn_backend: CacheOwner, num_gpu_blocks: int) -> list[Tensor]:
         """Allocate the main model's cache.
 
@@ -119,7 +136,8 @@ class CacheController:
 
         Raises:
             CacheInUse: It exists already, or the host tier does.
-            ValueError: num_gpu_blocks is below 1, or the backend created other tensors than it declared.
+            ValueError: num_gpu_blocks is below 1, a pool of the backend has no blocks, or the backend created other
+                tensors than it declared.
         """
         return self._add_group(attn_backend, num_gpu_blocks, self._config.num_layers, 0)
 
@@ -144,7 +162,7 @@ class CacheController:
         Raises:
             CacheInUse: It exists already.
             HostAllocationFailed: There is no memory; everything is as before.
-            ValueError: There are no groups, or no copier.
+            ValueError: There are no groups, no copier, or no host blocks for one of the pools.
         """
         if self._mover.host is not None:
             raise CacheInUse("the host tier exists already: free it first")
@@ -153,7 +171,9 @@ class CacheController:
         if not self._groups or self._copier is None:
             raise ValueError(f"copier, groups: expected both, got {self._copier} and {len(self._groups)} groups")
         specs = [spec for group in self._groups.values() for spec in group.specs]
-        self._mover.host = HostCache(specs, self._config.num_host_blocks, self._allocator)
+        counts = {pool.name: self._config.host_window_blocks.get(pool.name, 0) for pool in self.pools}
+        counts[MAIN_POOL] = self._config.num_host_blocks
+        self._mover.host = HostCache(specs, counts, self._allocator)
         return self.get_host_cache_kvs_map()
 
     def get_kv_caches(self) -> dict[str, Tensor]:
@@ -195,15 +215,25 @@ class CacheController:
                 if now != self._addresses[key]:
                     raise CacheMoved(f"cache tensor {key} was at {self._addresses[key]:#x} and is at {now:#x}")
 
-    def copy_blocks(self, src_block_ids: Sequence[int], dst_block_ids: Sequence[int]) -> None:
+    def copy_blocks(
+        self,
+        src_block_ids: Sequence[int],
+        dst_block_ids: Sequence[int],
+        windows: Mapping[str, BlockPairs] = MappingProxyType({}),
+    ) -> None:
         """Copy blocks inside the device, through every tensor of every group; done for whatever compute comes next.
+
+        Args:
+            src_block_ids: Sources in the main pool.
+            dst_block_ids: Destinations there.
+            windows: Sources and destinations in the other pools.
 
         Raises:
             UnknownBlock: An id is not on the device; nothing is copied.
             ValueError: The lists differ in length, a destination is named twice or a source too; nothing is copied.
             TransferFailed: A copy failed; the destinations hold anything.
         """
-        self._mover.copy_inside(src_block_ids, dst_block_ids)
+        self._mover.copy_inside(CacheSwapMetadata(src_block_ids, dst_block_ids, windows=windows))
 
     def load_host_to_device(self, swap_metadata: CacheSwapMetadata) -> LayerDoneCounter:
         """Start to copy host blocks to device blocks; a reader waits for its layer on the counter.
@@ -230,7 +260,7 @@ class CacheController:
             As load_host_to_device; neither is started.
         """
         if evict_metadata is not None and swap_in_metadata is not None:
-            self._mover.check("host_to_device", swap_in_metadata.src_block_ids, swap_in_metadata.dst_block_ids)
+            self._mover.check("host_to_device", swap_in_metadata)
         evicted = None if evict_metadata is None else self._mover.submit("device_to_host", evict_metadata)
         if swap_in_metadata is None:
             return None
@@ -345,21 +375,13 @@ class CacheController:
         taken = {layer for group in self._groups.values() for spec in group.specs for layer in spec.layer_ids}
         if taken & set(layer_ids):
             raise ValueError(f"layer_offset: layers {sorted(taken & set(layer_ids))} belong to another group")
-        dtype, quant_type = self._config.cache_dtype, self._config.kv_cache_quant_type
-        specs = attn_backend.cache_spec(layer_ids, cache_dtype=dtype, kv_cache_quant_type=quant_type)
-        created = attn_backend.create_kv_cache(
-            num_layers=num_layers,
-            num_blocks=num_blocks,
-            cache_dtype=dtype,
-            kv_cache_quant_type=quant_type,
-            layer_offset=offset,
-        )
-        keys = ordered_keys(specs)
-        if set(created) != set(keys):
-            different = sorted(set(created) ^ set(keys))
-            raise ValueError(f"attn_backend: created and declared cache tensors differ in {different}")
-        group = CacheGroup(specs, num_blocks, MappingProxyType({key: created[key] for key in keys}))
-        addresses = {} if self._copier is None else {key: self._copier.address(created[key]) for key in keys}
+        group = create_group(attn_backend, self._config, num_blocks, layer_ids)
+        different = [
+            pool.name for pool in group.pools for other in self.pools if pool.name == other.name and pool != other
+        ]
+        if different:
+            raise ValueError(f"attn_backend: pools {different} are declared otherwise than by another group")
+        addresses = {} if self._copier is None else {key: self._copier.address(x) for key, x in group.tensors.items()}
         self._groups[offset] = group
         self._addresses |= addresses
         self._generation += 1

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_manager.errors import HostAllocationFailed
-from cache_manager.spec import CacheTensorSpec, TensorKey
+from cache_manager.spec import MAIN_POOL, CacheTensorSpec, TensorKey
 
 ALIGNMENT = 4096  # a page: neither page-locking nor a copy engine meets a partial one
 HostArray = npt.NDArray[np.uint8]
@@ -43,24 +43,29 @@ class HostCache:
     """The host tier's memory. All layers that have a role share one allocation; a layer's part is an array.
 
     Attributes:
-        num_blocks: Blocks of every layer and role; the same id means the same tokens in all of them.
+        num_blocks: Blocks by pool, of every layer and role in it; the same id means the same tokens in all of them.
         arrays: (role, layer) to [num_blocks, bytes_per_block] uint8.
     """
 
-    def __init__(self, specs: Iterable[CacheTensorSpec], num_blocks: int, allocator: HostAllocator) -> None:
+    def __init__(
+        self, specs: Iterable[CacheTensorSpec], num_blocks: Mapping[str, int], allocator: HostAllocator
+    ) -> None:
         """Allocate one arena per role.
 
         Args:
             specs: Of all groups; the same role may occur in several, with blocks of another size.
-            num_blocks: Blocks per layer.
+            num_blocks: Blocks per layer, by pool.
             allocator: Frees what it allocated, too.
 
         Raises:
-            ValueError: num_blocks is below 1.
+            ValueError: A number of blocks is below 1, or a pool has none.
             HostAllocationFailed: The allocator cannot free, or an allocation failed; nothing stays allocated.
         """
-        if num_blocks < 1:
-            raise ValueError(f"num_host_blocks: expected 1 or more, got {num_blocks}")
+        specs = [spec for spec in specs if spec.layer_ids]
+        for pool in sorted({MAIN_POOL, *num_blocks, *(spec.pool for spec in specs)}):
+            if num_blocks.get(pool, 0) < 1:
+                name = "num_host_blocks" if pool == MAIN_POOL else f"host_window_blocks of pool {pool}"
+                raise ValueError(f"{name}: expected 1 or more, got {num_blocks.get(pool, 0)}")
         if not callable(getattr(allocator, "free", None)):
             raise HostAllocationFailed("the allocator cannot free, so nothing is allocated")
         self.num_blocks = num_blocks
@@ -69,15 +74,14 @@ class HostCache:
         self._arrays: dict[TensorKey, HostArray] = {}
         by_role: dict[str, list[CacheTensorSpec]] = {}
         for spec in specs:
-            if spec.layer_ids:
-                by_role.setdefault(spec.role, []).append(spec)
+            by_role.setdefault(spec.role, []).append(spec)
         try:
             for role, role_specs in by_role.items():
                 self._add_arena(role, role_specs)
         except Exception as cause:
             self.free()
             raise HostAllocationFailed(
-                f"the host tier of {num_blocks} blocks could not be allocated: {cause}"
+                f"the host tier of {num_blocks[MAIN_POOL]} blocks could not be allocated: {cause}"
             ) from cause
 
     @property
@@ -107,15 +111,15 @@ class HostCache:
             raise HostAllocationFailed(f"not all host memory was released: {'; '.join(failures)}")
 
     def _add_arena(self, role: str, specs: list[CacheTensorSpec]) -> None:
-        places, end = dict[int, tuple[int, int]](), 0
+        places, end = dict[int, tuple[int, int, int]](), 0
         for spec in specs:
+            count, width = self.num_blocks[spec.pool], spec.bytes_per_block
             for layer in spec.layer_ids:
-                places[layer] = (end, spec.bytes_per_block)
-                end += -(-self.num_blocks * spec.bytes_per_block // ALIGNMENT) * ALIGNMENT
+                places[layer] = (end, count, width)
+                end += -(-count * width // ALIGNMENT) * ALIGNMENT
         arena = self._allocator.allocate(end)
         self._arenas[role] = arena
         if arena.dtype != np.uint8 or arena.shape != (end,):
             raise ValueError(f"allocator: expected [{end}] uint8, got {arena.shape} {arena.dtype}")
-        for layer, (begin, width) in places.items():
-            part = arena[begin : begin + self.num_blocks * width]
-            self._arrays[role, layer] = part.reshape(self.num_blocks, width)
+        for layer, (begin, count, width) in places.items():
+            self._arrays[role, layer] = arena[begin : begin + count * width].reshape(count, width)

@@ -13,6 +13,8 @@ from cache_manager.errors import CacheError, TransferFailed
 from cache_manager.prefix_tree import PrefixNode, Tier
 from cache_manager.tiers import CacheTiers
 from cache_manager.transfer import CacheSwapMetadata, LayerDoneCounter
+from cache_manager.window_tier import WindowIds
+from cache_manager.windows import pair_up
 
 
 @dataclass
@@ -26,6 +28,9 @@ class Load:
         nodes: What it copies; None for a block that is not cached.
         device_blocks: Where to.
         host_blocks: Where from.
+        device_windows: Where to in the window pools.
+        host_windows: Where from in the window pools.
+        snapshot_node: The node whose snapshot that is; None for the rows of a request.
         is_swap_in: Whether it brings a request back, which is on the host again if the load fails.
     """
 
@@ -35,6 +40,9 @@ class Load:
     nodes: list[PrefixNode | None]
     device_blocks: list[BlockId]
     host_blocks: list[BlockId]
+    device_windows: WindowIds
+    host_windows: WindowIds
+    snapshot_node: PrefixNode | None
     is_swap_in: bool
 
     @property
@@ -54,20 +62,43 @@ class LoadBook:
         self.num_failed = 0
         """Loads that failed since the start."""
 
-    def start(self, table: BlockTable, places: Mapping[int, BlockId], *, is_swap_in: bool) -> None:
+    def start(
+        self,
+        table: BlockTable,
+        places: Mapping[int, BlockId],
+        *,
+        host_windows: WindowIds,
+        is_swap_in: bool,
+    ) -> None:
         """Start to fill blocks of a table.
 
         Args:
             table: Owns the blocks, and nobody else does; has no load.
             places: Index in the table to the host block that belongs there, ascending.
+            host_windows: Host blocks that belong into the table's blocks of each window pool.
             is_swap_in: See Load.
         """
         device_blocks, host_blocks = [table.blocks[place] for place in places], list(places.values())
-        counter = self._controller.load_host_to_device(CacheSwapMetadata(host_blocks, device_blocks))
+        device_windows = {name: list(table.windows[name].blocks) for name in host_windows}
+        windows = pair_up([host_windows], [device_windows])
+        counter = self._controller.load_host_to_device(CacheSwapMetadata(host_blocks, device_blocks, windows=windows))
+        load = Load(
+            table,
+            counter,
+            places=list(places),
+            nodes=[table.path[place] if place < len(table.path) else None for place in places],
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            device_windows=device_windows,
+            host_windows={name: list(ids) for name, ids in host_windows.items()},
+            snapshot_node=table.path[-1] if host_windows and not is_swap_in else None,
+            is_swap_in=is_swap_in,
+        )
         self._tiers.device.share(device_blocks)
         self._tiers.host.share(host_blocks)
-        nodes = [table.path[place] if place < len(table.path) else None for place in places]
-        self._loads.append(Load(table, counter, list(places), nodes, device_blocks, host_blocks, is_swap_in))
+        self._tiers.windows.device.share(load.device_windows)
+        self._tiers.windows.host.share(load.host_windows)
+        self._loads.append(load)
         table.load = counter
 
     def poll(self) -> None:
@@ -108,16 +139,25 @@ class LoadBook:
         """Device blocks of a table that its load owns, too."""
         return {block for load in self._loads if load.table is table for block in load.device_blocks}
 
+    def filling_windows(self, table: BlockTable) -> WindowIds:
+        """The same in the window pools."""
+        return next((load.device_windows for load in self._loads if load.table is table), {})
+
     def forget_nodes(self) -> None:
         """The cache was reset: what is loading will not be cached."""
         for load in self._loads:
             load.nodes = [None] * len(load.nodes)
+            load.snapshot_node = None
 
     def owners(self, tier: Tier) -> list[BlockId]:
         """Blocks that loads own."""
         return [
             block for load in self._loads for block in (load.host_blocks if tier is Tier.HOST else load.device_blocks)
         ]
+
+    def window_owners(self, tier: Tier) -> list[WindowIds]:
+        """The same in the window pools."""
+        return [load.host_windows if tier is Tier.HOST else load.device_windows for load in self._loads]
 
     def _end(self, counter: LayerDoneCounter | None) -> None:
         if counter is not None:
@@ -141,27 +181,40 @@ class LoadBook:
             elif load.is_swap_in:
                 self._tiers.host.free(load.table.host_blocks)
                 load.table.host_blocks.clear()
+                self._tiers.windows.leave_host(load.table)
         self._tiers.device.free(load.device_blocks)
         self._tiers.host.free(load.host_blocks)
+        self._tiers.windows.device.free(load.device_windows)
+        self._tiers.windows.host.free(load.host_windows)
 
     def _cache(self, load: Load) -> None:
         """The loaded blocks are cached on the device from now on, unless others have been faster.
 
         Only for an open table: it owns the blocks before, too, which therefore are not evicted before these.
         """
-        for place, node, block in zip(load.places, load.nodes, load.device_blocks, strict=True):
-            if node is not None and node.blocks[Tier.DEVICE] is None:
-                self._tiers.attach(node, Tier.DEVICE, block)
-            elif node is not None:
+        windows, node = self._tiers.windows, load.snapshot_node
+        for place, loaded, block in zip(load.places, load.nodes, load.device_blocks, strict=True):
+            if loaded is not None and loaded.blocks[Tier.DEVICE] is None:
+                self._tiers.attach(loaded, Tier.DEVICE, block)
+            elif loaded is not None:
                 del load.table.path[place:]  # commit finds the other block and takes it
-                return
+                break
+        if node is not None and node.blocks[Tier.DEVICE] is not None and windows.device.find(node) is None:
+            windows.device.keep(node, load.device_windows)
 
     def _undo(self, load: Load) -> None:
-        table = load.table
+        table, windows = load.table, self._tiers.windows
         if load.is_swap_in:
             self._tiers.device.free(table.blocks)
             table.blocks.clear()
+            windows.leave_device(table)
             table.is_on_device = False
-        else:
-            del table.path[load.places[0] :]
-            table.num_computed = min(table.num_computed, load.places[0] * self._tiers.block_size)
+            return
+        num_kept = load.places[0] if load.places else len(table.path)
+        del table.path[num_kept:]
+        if windows.pools:
+            while table.path and windows.needs_load(table.path[-1]):
+                table.path.pop()
+            windows.start(table)
+            num_kept = len(table.path)
+        table.num_computed = min(table.num_computed, num_kept * self._tiers.block_size)

@@ -13,8 +13,10 @@ from cache_manager.block_table import BlockTable
 from cache_manager.caching import cache_blocks
 from cache_manager.controller import CacheController
 from cache_manager.errors import CacheError, CacheInUse, OutOfBlocks
+from cache_manager.extending import extend_all, extend_main, fill_from_path
 from cache_manager.matching import PrefixMatch, find_match
 from cache_manager.prefix_tree import PrefixNode, Tier
+from cache_manager.spec import CachePool
 from cache_manager.stats import CacheStats, collect_stats
 from cache_manager.swapping import has_host_room, move_to_device, move_to_host
 from cache_manager.tables import OpenTables
@@ -48,35 +50,48 @@ class CacheManager:
         block_size: int,
         is_prefix_cached: bool = True,
         num_lookahead_tokens: int = 0,
+        snapshot_interval: int = 1,
     ) -> None:
         """Manage the blocks of a controller's caches, which are allocated already (or, in tests, do not exist).
 
         Args:
             controller: Copies blocks. Its host tier, if it has one, belongs to this manager.
-            num_blocks: Blocks on the device, at most as many as each of the controller's groups has.
-            block_size: Tokens of a block.
+            num_blocks: Main blocks on the device, at most as many as each of the controller's groups has.
+            block_size: Tokens of a main block.
             is_prefix_cached: Whether blocks of one request serve others, and later ones.
             num_lookahead_tokens: Tokens behind a block that its bytes depend on: a hit must continue with them, too.
+            snapshot_interval: Every so many blocks of a request there is a boundary at which others can start, if the
+                cache has window pools: what they need of those is kept.
 
         Raises:
             ValueError: A number is out of range.
         """
         self._controller = controller
         self._require_num_blocks(num_blocks)
-        self._tiers = CacheTiers(controller, num_blocks, block_size, num_lookahead_tokens)
+        self._tiers = CacheTiers(controller, num_blocks, block_size, num_lookahead_tokens, snapshot_interval)
         self._tables = OpenTables(controller, self._tiers)
         self._is_prefix_cached = is_prefix_cached
         self._counts: Counter[str] = Counter()
 
     @property
     def num_blocks(self) -> int:
-        """Blocks on the device."""
+        """Main blocks on the device."""
         return self._tiers.device.num_blocks
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block."""
+        """Tokens of a main block."""
         return self._tiers.block_size
+
+    @property
+    def pools(self) -> tuple[CachePool, ...]:
+        """The window pools."""
+        return self._controller.pools
+
+    @property
+    def num_window_blocks(self) -> dict[str, int]:
+        """Device blocks of the window pools."""
+        return self._controller.window_blocks
 
     @property
     def is_prefix_cached(self) -> bool:
@@ -85,7 +100,7 @@ class CacheManager:
 
     @property
     def num_available(self) -> int:
-        """Blocks on the device that are free or would give way."""
+        """Main blocks on the device that are free or would give way."""
         return self._tiers.num_available
 
     def match(self, tokens: npt.ArrayLike, *, num_tokens: int | None = None, salt: bytes = b"") -> PrefixMatch:
@@ -97,7 +112,9 @@ class CacheManager:
         return find_match(self._tiers, tokens, num_tokens, salt, is_prefix_cached=self._is_prefix_cached)
 
     def open(self, tokens: npt.ArrayLike, *, num_tokens: int | None = None, salt: bytes = b"") -> BlockTable:
-        """Give a new request its blocks: cached ones as far as there are any, fresh ones for the rest.
+        """Give a new request its main blocks: cached ones as far as there are any, fresh ones for the rest.
+
+        In window pools it gets what a cached prefix has there; each step's own blocks come with `extend`.
 
         Args:
             tokens: [n] integers, n >= 1; the request's known tokens. An int64 array is the fastest.
@@ -120,9 +137,9 @@ class CacheManager:
             raise OutOfBlocks(f"{match.num_blocks_needed} blocks needed, {self.num_available} are free or evictable")
         table = BlockTable(salt, path=list(match.path), num_computed=match.num_tokens)
         self._tables.add(table)
-        self._fill(table, match.num_blocks)
+        fill_from_path(self._tables, table, match.num_blocks)
         try:
-            self.extend(table, num_tokens or match.num_known)
+            extend_main(self._tables, self._controller, table, num_tokens or match.num_known)
         except CacheError:
             self.close(table)
             raise
@@ -131,6 +148,9 @@ class CacheManager:
         self._counts["queried"] += match.num_known
         self._counts["device_hits"] += table.num_device_hits
         self._counts["host_hits"] += table.num_host_hits
+        self._counts["unusable"] += match.num_unusable_tokens
+        if match.path:
+            self._tiers.windows.touch(match.path[-1])
         for node in match.path:
             node.num_uses += 1
         self._back_up(match.path)
@@ -138,6 +158,8 @@ class CacheManager:
 
     def extend(self, table: BlockTable, num_tokens: int) -> int:
         """Make positions table.num_computed .. num_tokens - 1 writable: fresh blocks behind, copies of shared blocks.
+
+        In every pool, or in none. Before each step that writes to window pools, although there may be main blocks.
 
         Returns:
             Index of the first entry of table.blocks that changed; len(table.blocks) if none did.
@@ -153,28 +175,7 @@ class CacheManager:
         self._tables.require_on_device(table)
         if num_tokens < table.num_computed:
             raise ValueError(f"num_tokens: expected {table.num_computed} or more, got {num_tokens}")
-        begin, end = table.num_computed // self.block_size, self._tiers.num_blocks_of(num_tokens)
-        if any(place < len(table.path) for place in range(begin, end)):
-            self._tables.loads.settle(table)
-        replaced = [place for place in range(begin, min(end, len(table.blocks))) if self._is_shared(table, place)]
-        num_held = len(table.blocks)
-        taken = self._tiers.take_device(len(replaced) + max(0, end - num_held))
-        fresh, added = taken[: len(replaced)], taken[len(replaced) :]
-        if replaced and replaced[0] * self.block_size < table.num_computed:
-            try:
-                self._controller.copy_blocks([table.blocks[replaced[0]]], [fresh[0]])
-            except CacheError:
-                self._tiers.device.free(taken)
-                raise
-            self._counts["copied"] += 1
-        self._tiers.device.free([table.blocks[place] for place in replaced])
-        for place, block in zip(replaced, fresh, strict=True):
-            table.blocks[place] = block
-        table.blocks += added
-        if replaced:
-            del table.path[replaced[0] :]
-            return replaced[0]
-        return num_held
+        return extend_all(self._tables, self._controller, table, num_tokens)
 
     def commit(
         self,
@@ -184,7 +185,7 @@ class CacheManager:
         num_computed: int | None = None,
         num_complete: int | None = None,
     ) -> int:
-        """Entries of a request's tokens exist and are confirmed: full blocks enter the cache.
+        """Entries of a request's tokens exist and are confirmed: full blocks enter the cache, window blocks go back.
 
         If the same tokens are cached in another block already, the table takes that one and gives its own back.
 
@@ -193,7 +194,7 @@ class CacheManager:
             tokens: The request's tokens, all of which are confirmed.
             num_computed: Leading ones whose entries exist; None: all.
             num_complete: Leading ones whose entries exist in every group; None: num_computed. Blocks beyond are not
-                cached yet.
+                cached yet, and window blocks are kept as if only these were computed.
 
         Returns:
             As extend.
@@ -213,10 +214,14 @@ class CacheManager:
                 f"num_computed: expected {table.num_computed} .. {capacity} of {num_known} tokens, got {num_computed}"
             )
         table.num_computed = num_computed
+        num_complete = num_computed if num_complete is None else min(num_complete, num_computed)
         num_cached, first_changed = len(table.path), len(table.blocks)
         if self._is_prefix_cached:
-            num_full = min(num_computed, num_computed if num_complete is None else num_complete) // self.block_size
-            first_changed = cache_blocks(self._tiers, table, tokens, num_full)
+            first_changed = cache_blocks(self._tiers, table, tokens, num_complete // self.block_size)
+            if self._tiers.windows.pools:
+                for place in range(num_cached, len(table.path)):
+                    self._tiers.windows.keep_snapshot(table, place)
+        self._tiers.windows.release(table, num_complete)
         self._back_up(table.path[num_cached:])
         return first_changed
 
@@ -224,7 +229,8 @@ class CacheManager:
         """Give back blocks beyond num_tokens (draft rollback); entries behind it count as not computed.
 
         Raises:
-            ValueError: num_tokens is negative, cuts into cached blocks, or is more than the blocks hold.
+            ValueError: num_tokens is negative, cuts into cached blocks, is more than the blocks hold, or so little
+                that rows which the next token needs are given back already.
             WrongState, UnknownTable: As extend.
         """
         self._tables.require_on_device(table)
@@ -232,7 +238,9 @@ class CacheManager:
         low, high = len(table.path) * self.block_size, len(table.blocks) * self.block_size
         if not low <= num_tokens <= high:
             raise ValueError(f"num_tokens: expected {low} .. {high}, got {num_tokens}")
+        self._tiers.windows.require_rows(table, num_tokens)
         kept = self._tiers.num_blocks_of(num_tokens)
+        self._tiers.windows.truncate(table, num_tokens)
         self._tiers.device.free(table.blocks[kept:])
         del table.blocks[kept:]
         table.num_computed = min(table.num_computed, num_tokens)
@@ -247,6 +255,7 @@ class CacheManager:
         self._tables.settle(table)
         self._tiers.device.share(table.blocks)
         child = BlockTable(table.salt, blocks=list(table.blocks), num_computed=table.num_computed)
+        child.windows = self._tiers.windows.fork(table)
         child.path, child.is_closed_to_cache = list(table.path), table.is_closed_to_cache
         self._tables.add(child)
         return child
@@ -360,27 +369,9 @@ class CacheManager:
             expected = "1 or more" if limit is None else f"1 .. {limit}"
             raise ValueError(f"num_blocks: expected {expected}, got {num_blocks}")
 
-    def _fill(self, table: BlockTable, num_blocks: int) -> None:
-        """Give a fresh table the blocks of its path: shared ones, then ones that start to load."""
-        on_device = [block for node in table.path if (block := node.blocks[Tier.DEVICE]) is not None]
-        self._tiers.device.share(on_device)
-        table.blocks += on_device
-        behind = table.path[len(on_device) :]
-        on_host = [block for node in behind if (block := node.blocks[Tier.HOST]) is not None]
-        if on_host:
-            self._tiers.host.share(on_host)  # while room is made on the device they cannot be evicted
-            # All blocks at once: making room later would wait for the load, whose turn is earlier.
-            table.blocks += self._tiers.take_device(num_blocks - len(on_device))
-            self._tables.loads.start(table, dict(enumerate(on_host, len(on_device))), is_swap_in=False)
-            self._tiers.host.free(on_host)
-
     def _back_up(self, nodes: Sequence[PrefixNode]) -> None:
         """Copy nodes to the host if the write policy wants that before they are evicted."""
         threshold = {"write_through": 1, "write_through_selective": 2}.get(self._controller.write_policy)
         if threshold is not None and self._tiers.has_host:
             wanted = [node for node in nodes if node.num_uses >= threshold and node.blocks[Tier.DEVICE] is not None]
             self._tiers.back_up(wanted)
-
-    def _is_shared(self, table: BlockTable, place: int) -> bool:
-        block, device = table.blocks[place], self._tiers.device
-        return device.is_cached(block) or device.num_owners(block) - (block in self._tables.loads.filling(table)) > 1

@@ -24,6 +24,8 @@ class PrefixMatch:
         num_known: Tokens it was asked about.
         num_tokens: Leading tokens that need not be computed; at most all but the last, whose logits are wanted.
         num_host_tokens: Those of them that would be loaded from the host.
+        num_unusable_tokens: Leading tokens behind those, which are cached but must be computed: a request cannot start
+            behind them, because the window pools lack the rows before, or because no token would be left to compute.
         num_blocks: Blocks the table would have.
         num_blocks_needed: How many of num_available it needs.
         fits: Whether so many are available.
@@ -33,6 +35,7 @@ class PrefixMatch:
     num_known: int
     num_tokens: int
     num_host_tokens: int
+    num_unusable_tokens: int
     num_blocks: int
     num_blocks_needed: int
     fits: bool
@@ -53,7 +56,11 @@ def find_match(
     if num_tokens is not None and num_tokens < num_known:
         raise ValueError(f"num_tokens: expected {num_known} or more, got {num_tokens}")
     path = tiers.tree.match(tokens, salt) if is_prefix_cached else []
+    num_cached = len(path)
     num_blocks = tiers.num_blocks_of(num_tokens or num_known)
+    if tiers.windows.pools:
+        while path and (len(path) * tiers.block_size == num_known or not tiers.windows.can_start(path[-1])):
+            path.pop()
     num_needed = num_blocks_needed(tiers, path, num_blocks)
     if path and len(path) * tiers.block_size == num_known:
         # The last token is computed again, and its block is cached: it is written to in a copy, which takes one more
@@ -69,6 +76,7 @@ def find_match(
         num_known=num_known,
         num_tokens=num_hits,
         num_host_tokens=num_on_host * tiers.block_size,
+        num_unusable_tokens=(num_cached - len(path)) * tiers.block_size,
         num_blocks=num_blocks,
         num_blocks_needed=num_needed,
         fits=num_needed <= tiers.num_available,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from cache_manager.block_pool import BlockId
 from cache_manager.block_table import BlockTable
 from cache_manager.errors import CacheError, OutOfBlocks, WrongState
 from cache_manager.matching import num_blocks_needed
 from cache_manager.prefix_tree import Tier
 from cache_manager.tables import OpenTables
+from cache_manager.tiers import CacheTiers
+from cache_manager.windows import SnapshotCopy
 
 
 def has_host_room(tables: OpenTables, table: BlockTable) -> tuple[bool, str]:
@@ -19,7 +22,10 @@ def has_host_room(tables: OpenTables, table: BlockTable) -> tuple[bool, str]:
     on_host = [block for node in table.path if (block := node.blocks[Tier.HOST]) is not None]
     num_owned = sum(tiers.host.num_owners(block) > 0 for block in on_host)
     needed = tiers.num_blocks_of(table.num_computed) - num_owned
-    return needed <= room, f"{needed} host blocks needed, {room} are free or evictable"
+    if needed > room:
+        return False, f"{needed} host blocks needed, {room} are free or evictable"
+    reason = tiers.windows.missing_host_room(table) if table.is_on_device else ""
+    return not reason, reason
 
 
 def move_to_host(tables: OpenTables, table: BlockTable) -> int:
@@ -37,8 +43,8 @@ def move_to_host(tables: OpenTables, table: BlockTable) -> int:
     shared = [block for block in blocks if block is not None]
     pool.share(shared)  # before room is made for the others
     try:
-        taken = tiers.take_host(len(missing))
-        tiers.copy_out([table.blocks[place] for place in missing], taken)
+        taken, move = _take_host(tiers, table, len(missing))
+        tiers.copy_out([table.blocks[place] for place in missing], taken, [move])
     except CacheError:
         pool.free(shared)
         raise
@@ -51,7 +57,17 @@ def move_to_host(tables: OpenTables, table: BlockTable) -> int:
     del table.path[num_kept:]
     tiers.device.free(table.blocks)
     table.blocks.clear()
+    tiers.windows.finish_move(table, move)
     return num_kept
+
+
+def _take_host(tiers: CacheTiers, table: BlockTable, num_blocks: int) -> tuple[list[BlockId], SnapshotCopy]:
+    taken = tiers.take_host(num_blocks)
+    try:
+        return taken, tiers.windows.prepare_move(table)
+    except CacheError:
+        tiers.host.free(taken)
+        raise
 
 
 def move_to_device(tables: OpenTables, table: BlockTable, num_tokens: int | None) -> int:
@@ -74,12 +90,13 @@ def move_to_device(tables: OpenTables, table: BlockTable, num_tokens: int | None
     num_needed = num_blocks_needed(tiers, table.path, num_blocks)
     if num_needed > tiers.num_available:
         raise OutOfBlocks(f"{num_needed} blocks needed, {tiers.num_available} are free or evictable")
+    host_windows = tiers.windows.return_to_device(table)
     tiers.device.share(hits)
     table.blocks += hits + tiers.take_device(num_blocks - len(hits))
     table.is_on_device, table.failure = True, None
     places = dict(enumerate(table.host_blocks[len(hits) :], start=len(hits)))
-    if places:
-        tables.loads.start(table, places, is_swap_in=True)
+    if places or host_windows:
+        tables.loads.start(table, places, host_windows=host_windows, is_swap_in=True)
     else:
         tiers.host.free(table.host_blocks)
         table.host_blocks.clear()

@@ -41,6 +41,7 @@ class OpenTables:
         self.tiers.device.free(table.blocks)
         if table.host_blocks:
             self.tiers.host.free(table.host_blocks)
+        self.tiers.windows.close(table)
         table.load = None
         for sequence in (table.blocks, table.host_blocks, table.path):
             sequence.clear()
@@ -120,6 +121,11 @@ class OpenTables:
         on_host = Counter(block for table in self._tables for block in table.host_blocks)
         on_host.update(self.loads.owners(Tier.HOST))
         self.tiers.check_integrity(on_device, on_host)
+        self.tiers.windows.check_integrity(
+            self._tables,
+            device_owners=self.loads.window_owners(Tier.DEVICE),
+            host_owners=self.loads.window_owners(Tier.HOST) + self.tiers.host_window_owners(),
+        )
         for table in self._tables:
             self._check_table(table)
 
@@ -134,7 +140,7 @@ class OpenTables:
                 node.blocks[tier] == block or block in filling for node, block in zip(table.path, blocks, strict=False)
             ),
             "a table on the host has device blocks": table.is_on_device or not table.blocks,
-            "a table on the device has host blocks": bool(filling) or not (table.is_on_device and table.host_blocks),
+            "a table on the device has host blocks": not (table.is_on_device and table.host_blocks and not table.load),
         }
         for broken, holds in laws.items():
             if not holds:

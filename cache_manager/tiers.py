@@ -12,13 +12,15 @@ the copy has ended, the copy's result is thrown away. The host block stays with 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cache_manager.block_pool import BlockId, BlockPool
 from cache_manager.controller import CacheController
 from cache_manager.errors import NoHostTier, OutOfBlocks, TransferFailed, TransferTimeout
 from cache_manager.prefix_tree import PrefixNode, PrefixTree, Tier
 from cache_manager.transfer import CacheSwapMetadata, LayerDoneCounter
+from cache_manager.window_tier import WindowIds
+from cache_manager.windows import SnapshotCopy, Windows, pairs_of
 
 
 @dataclass
@@ -29,17 +31,21 @@ class Backup:
         counter: Its progress.
         nodes: What it copies; None where the result is not wanted any more.
         host_blocks: Where to; owned by the copy.
+        snapshots: What it copies in window pools.
         is_overdue: Whether somebody waited for it in vain.
     """
 
     counter: LayerDoneCounter
     nodes: list[PrefixNode | None]
     host_blocks: list[BlockId]
+    snapshots: list[SnapshotCopy] = field(default_factory=list)
     is_overdue: bool = False
 
     def give_up(self) -> None:
         """Want no result any more."""
         self.nodes = [None] * len(self.nodes)
+        for copy in self.snapshots:
+            copy.node = None
 
 
 @dataclass
@@ -47,12 +53,14 @@ class TierCounts:
     """Events since the start, in blocks.
 
     Attributes:
+        num_copied: Copied because a shared block was to be extended.
         num_evicted: Left the device; their bytes may be on the host.
         num_lost: Left the last tier, so that they would have to be computed again.
         num_backed_up: Copied to the host for later.
         num_failed_backups: Should have been, but the copy failed or took too long.
     """
 
+    num_copied: int = 0
     num_evicted: int = 0
     num_lost: int = 0
     num_backed_up: int = 0
@@ -63,7 +71,8 @@ class CacheTiers:
     """The prefix tree with the pools of both tiers. Owners of blocks are the manager's tables and the copies here.
 
     Attributes:
-        device: Blocks on the device.
+        device: Main blocks on the device.
+        windows: Blocks of the window pools, on both tiers.
         tree: What is cached where.
         block_size: Tokens of a block.
         counts: See TierCounts.
@@ -71,7 +80,12 @@ class CacheTiers:
     """
 
     def __init__(
-        self, controller: CacheController, num_blocks: int, block_size: int, num_lookahead_tokens: int = 0
+        self,
+        controller: CacheController,
+        num_blocks: int,
+        block_size: int,
+        num_lookahead_tokens: int = 0,
+        snapshot_interval: int = 1,
     ) -> None:
         """Start with nothing cached.
 
@@ -80,8 +94,10 @@ class CacheTiers:
             num_blocks: Of the device.
             block_size: Tokens of a block.
             num_lookahead_tokens: As PrefixTree.
+            snapshot_interval: As Windows.
         """
         self.device = BlockPool(num_blocks)
+        self.windows = Windows(controller, block_size, snapshot_interval)
         self.tree = PrefixTree(block_size, num_lookahead_tokens=num_lookahead_tokens)
         self.block_size = block_size
         self.counts = TierCounts()
@@ -150,39 +166,48 @@ class CacheTiers:
         self.tree.attach(node, tier, block)
         self._pool(tier).cache(block)
 
-    def copy_out(self, device_blocks: Sequence[BlockId], host_blocks: Sequence[BlockId]) -> None:
+    def copy_out(
+        self, device_blocks: Sequence[BlockId], host_blocks: Sequence[BlockId], snapshots: Sequence[SnapshotCopy] = ()
+    ) -> None:
         """Copy to the host and wait.
 
         Args:
             device_blocks: Owned or cached.
             host_blocks: Owned; if this raises, they are given back, by the copy itself if it is late.
+            snapshots: What to copy in window pools; its host blocks likewise.
 
         Raises:
             TransferFailed, TransferTimeout: See there.
         """
-        counter = self._controller.evict_device_to_host(CacheSwapMetadata(device_blocks, host_blocks))
+        counter = self._start_copy(device_blocks, host_blocks, snapshots)
         try:
             counter.synchronize()
         except TransferFailed:
             self.host.free(host_blocks)
+            self.windows.abandon_copies(snapshots)
             raise
         except TransferTimeout:
-            self._backups.append(Backup(counter, [None] * len(host_blocks), list(host_blocks), is_overdue=True))
+            late = Backup(counter, [None] * len(host_blocks), list(host_blocks), list(snapshots), is_overdue=True)
+            late.give_up()
+            self._backups.append(late)
             raise
 
     def back_up(self, nodes: Iterable[PrefixNode]) -> None:
-        """Start to copy nodes to the host that are not there; as many as there is room for, parents first."""
+        """Start to copy nodes to the host that are not there; as many as there is room for, parents first.
+
+        Their snapshots go with them, and so do those of nodes that are there already.
+        """
         if not self.has_host or self._is_overdue():
             return
         under_way = {node for backup in self._backups for node in backup.nodes}
-        wanted = [node for node in nodes if node.blocks[Tier.HOST] is None and node not in under_way]
+        idle = [node for node in nodes if node not in under_way]
+        wanted = [node for node in idle if node.blocks[Tier.HOST] is None]
         wanted = wanted[: self.host.num_free + self.host.num_evictable]
-        if not wanted:
-            return
         host_blocks = self.take_host(len(wanted))
-        device_blocks = [block for node in wanted if (block := node.blocks[Tier.DEVICE]) is not None]
-        counter = self._controller.evict_device_to_host(CacheSwapMetadata(device_blocks, host_blocks))
-        self._backups.append(Backup(counter, list(wanted), host_blocks))
+        snapshots = self._snapshot_copies(idle, wanted)
+        if wanted or snapshots:
+            counter = self._start_copy(_device_blocks(wanted), host_blocks, snapshots)
+            self._backups.append(Backup(counter, list(wanted), host_blocks, snapshots))
 
     def poll(self) -> None:
         """Take over what copies to the host have ended since the last call."""
@@ -212,8 +237,12 @@ class CacheTiers:
         """Host blocks that copies under way own."""
         return [block for backup in self._backups for block in backup.host_blocks]
 
+    def host_window_owners(self) -> list[WindowIds]:
+        """Host blocks of window pools that copies under way own."""
+        return [copy.host_blocks for backup in self._backups for copy in backup.snapshots]
+
     def check_integrity(self, device_owners: dict[BlockId, int], host_owners: dict[BlockId, int]) -> None:
-        """Check pools, tree, and that they agree.
+        """Check main pools, tree, snapshots, and that they agree.
 
         Args:
             device_owners: Owners of each device block.
@@ -237,6 +266,9 @@ class CacheTiers:
                 raise AssertionError(f"{tier.name}: the tree has blocks {attached}, the pool has cached {cached}")
         if any(node.blocks[Tier.DEVICE] is not None and not self.is_on_device(node.parent) for node in nodes):
             raise AssertionError("a block is cached on the device, its parent is not")
+        for tier in Tier:
+            if any(node not in self.tree or node.blocks[tier] is None for node in self.windows.tier(tier).nodes()):
+                raise AssertionError(f"{tier.name}: a snapshot's node has no block there")
 
     @staticmethod
     def is_on_device(node: PrefixNode | None) -> bool:
@@ -251,26 +283,31 @@ class CacheTiers:
                 if (block := node.blocks[Tier.HOST]) is not None:
                     self.host.touch(block)
             if self._controller.write_policy == "write_back":
-                self._write_back([node for node in nodes if node.blocks[Tier.HOST] is None])
+                self._write_back(nodes)
         for node in nodes:
             self._forget(node, Tier.DEVICE)
         self.counts.num_evicted += len(nodes)
 
-    def _write_back(self, nodes: list[PrefixNode]) -> None:
+    def _write_back(self, nodes: Sequence[PrefixNode]) -> None:
+        """Copy nodes that leave the device and are not on the host, and snapshots of those that are there then."""
+        missing = [node for node in nodes if node.blocks[Tier.HOST] is None]
         room = self.host.num_free + self.host.num_evictable
-        kept = nodes[max(0, len(nodes) - room) :]
+        kept = missing[max(0, len(missing) - room) :]
         self.counts.num_failed_backups += len(kept) if self._is_overdue() else 0
-        if not kept or self._is_overdue():
+        if self._is_overdue():
             return
         host_blocks = self.take_host(len(kept))
-        device_blocks = [block for node in kept if (block := node.blocks[Tier.DEVICE]) is not None]
+        snapshots = self._snapshot_copies(nodes, kept)
+        if not kept and not snapshots:
+            return
         try:
-            self.copy_out(device_blocks, host_blocks)
+            self.copy_out(_device_blocks(kept), host_blocks, snapshots)
         except (TransferFailed, TransferTimeout) as failure:
             self._count_failure(failure, len(kept))
             return
         for node, block in zip(kept, host_blocks, strict=True):
             self._keep_on_host(node, block)
+        self.windows.finish_copies(snapshots, self.tree)
 
     def _await_backups(self, nodes: Iterable[PrefixNode]) -> None:
         wanted = set(nodes)
@@ -292,12 +329,27 @@ class CacheTiers:
         except TransferFailed as failure:
             self._count_failure(failure, sum(node is not None for node in backup.nodes))
             self.host.free(backup.host_blocks)
+            self.windows.abandon_copies(backup.snapshots)
             return
         for node, host_block in zip(backup.nodes, backup.host_blocks, strict=True):
             if node is not None and node.blocks[Tier.HOST] is None:
                 self._keep_on_host(node, host_block)
             else:
                 self.host.free([host_block])
+        self.windows.finish_copies(backup.snapshots, self.tree)
+
+    def _snapshot_copies(self, nodes: Iterable[PrefixNode], coming: Iterable[PrefixNode]) -> list[SnapshotCopy]:
+        """For the nodes that are on the host, or come there with the copy that is prepared."""
+        arriving = set(coming)
+        return self.windows.prepare_copies(
+            [node for node in nodes if node.blocks[Tier.HOST] is not None or node in arriving]
+        )
+
+    def _start_copy(
+        self, device_blocks: Sequence[BlockId], host_blocks: Sequence[BlockId], snapshots: Sequence[SnapshotCopy]
+    ) -> LayerDoneCounter:
+        metadata = CacheSwapMetadata(device_blocks, host_blocks, windows=pairs_of(snapshots))
+        return self._controller.evict_device_to_host(metadata)
 
     def _keep_on_host(self, node: PrefixNode, host_block: BlockId) -> None:
         self.attach(node, Tier.HOST, host_block)
@@ -315,6 +367,7 @@ class CacheTiers:
     def _forget(self, node: PrefixNode, tier: Tier) -> None:
         """Take a node's bytes from a tier; from the last one, the node and all after it go."""
         self._pool(tier).uncache(self.tree.detach(node, tier))
+        self.windows.forget(node, tier)
         if tier is Tier.DEVICE:
             for backup in self._backups:
                 backup.nodes = [None if copied is node else copied for copied in backup.nodes]
@@ -327,6 +380,7 @@ class CacheTiers:
         for tier in Tier:
             if node.blocks[tier] is not None:
                 self._pool(tier).uncache(self.tree.detach(node, tier))
+                self.windows.forget(node, tier)
         self.tree.remove(node)
 
     def _node(self, tier: Tier, block: BlockId) -> PrefixNode:
@@ -336,3 +390,7 @@ class CacheTiers:
 
     def _pool(self, tier: Tier) -> BlockPool:
         return self.device if tier is Tier.DEVICE else self.host
+
+
+def _device_blocks(nodes: Iterable[PrefixNode]) -> list[BlockId]:
+    return [block for node in nodes if (block := node.blocks[Tier.DEVICE]) is not None]

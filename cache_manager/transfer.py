@@ -10,9 +10,9 @@ A wait that takes longer than its time-out raises TransferTimeout; the transfer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Condition, Thread
 from time import monotonic
@@ -20,14 +20,18 @@ from time import monotonic
 from cache_manager.copier import CopyEvent
 from cache_manager.errors import TransferFailed, TransferTimeout
 
+BlockPairs = tuple[Sequence[int], Sequence[int]]
+"""Source blocks, and destination blocks in the same order."""
+
 
 @dataclass
 class CacheSwapMetadata:
     """Which blocks move: a load has host blocks as sources, an eviction device blocks. Names are FastDeploy's.
 
     Attributes:
-        src_block_ids: Sources.
+        src_block_ids: Sources in the main pool.
         dst_block_ids: Destinations, in the same order.
+        windows: Sources and destinations in the window pools, by name.
         success: Whether the transfer is done; False while it is under way.
         error_message: Why it failed; None if it did not.
     """
@@ -36,10 +40,11 @@ class CacheSwapMetadata:
     dst_block_ids: Sequence[int] = ()
     success: bool = False
     error_message: str | None = None
+    windows: Mapping[str, BlockPairs] = field(default_factory=dict)
 
     @property
     def mapping(self) -> dict[int, int]:
-        """Source to destination after success, empty before."""
+        """Source to destination in the main pool after success, empty before."""
         return dict(zip(self.src_block_ids, self.dst_block_ids, strict=True)) if self.success else {}
 
 

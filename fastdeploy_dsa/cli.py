@@ -130,7 +130,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--block-size", type=int, default=64, help="tokens of a cache block (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, help="tokens of a cache block (default: the model's own)")
     parser.add_argument("--num-blocks", type=int, help="cache blocks (default: enough for all that run)")
     parser.add_argument("--swap-space", default="0", help="host memory for blocks that leave the cache, such as 1GiB")
     parser.add_argument(

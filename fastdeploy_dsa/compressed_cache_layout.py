@@ -1,7 +1,7 @@
 """Byte layouts of compressed attention: entries that stand for several tokens, window rows and compressor states.
 
-Each role has its own block. Blocks of entries cover 256 tokens; window rows and states are kept for the last tokens of
-a request only.
+Each role has its own block. Blocks of entries cover the cache's block size; window rows and states are kept for the
+last tokens of a request only, in pools of their own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cache_manager import CacheTensorSpec
+from cache_manager import MAIN_POOL, CachePool, CacheTensorSpec
 from fastdeploy_dsa.cache_layout import ITEM_BYTES, ByteField, CacheSpan, TokenLayout, index_layout
 from fastdeploy_dsa.ops import CacheFormat
 
-ENTRY_BLOCK_TOKENS = 256
+ENTRY_BLOCK_TOKENS = 256  # unless the user asks for another block size
 WINDOW_BLOCK_TOKENS = 64
 STATE_BLOCK_TOKENS = {4: 4, 128: 8}  # tokens of a state block by compression ratio
 OVERLAP = {4: 2, 128: 1}  # windows that an entry is made from: its own, and for ratio 4 the one before
+
+WINDOW_POOL = "swa"
+STATE_POOL = {4: "state4", 128: "state128"}  # by compression ratio
 
 FP8_BLOCK_ALIGNMENT = 576  # blocks of fp8 rows are filled up to whole rows of data: kernels step in such rows
 VALUE_GROUP = 64  # value numbers of a row that share one scale
@@ -58,8 +61,44 @@ def row_layout(cache_format: CacheFormat, head_dim: int, qk_rope_head_dim: int) 
     return TokenLayout(f"fp8_{row_bytes}", fields, "tail_scales")
 
 
+def require_block_size(sizes: CompressedSizes, block_size: int) -> None:
+    """Check that every block of entries holds whole windows, and ends where a block of window rows does.
+
+    Raises:
+        ValueError: It does not.
+    """
+    unit = math.lcm(WINDOW_BLOCK_TOKENS, *(ratio for _, ratio in sizes.ratios))
+    if block_size < 1 or block_size % unit:
+        raise ValueError(
+            f"block_size: expected a multiple of {unit}, which covers compression windows and blocks of window rows, "
+            f"got {block_size}"
+        )
+
+
+def compressed_pools(sizes: CompressedSizes) -> tuple[CachePool, ...]:
+    """The pools of window rows and compressor states.
+
+    A prefix that ends at a boundary of blocks needs the rows of the window before it, and of ratio 4, whose entries
+    overlap, the states of the last window; ratio 128 begins anew.
+
+    Source: rules S31, S58, S61.
+    """
+    used = {ratio for _, ratio in sizes.ratios}
+    window = CachePool(WINDOW_POOL, WINDOW_BLOCK_TOKENS, sizes.sliding_window, sizes.sliding_window - 1)
+    states = (
+        CachePool(STATE_POOL[ratio], STATE_BLOCK_TOKENS[ratio], OVERLAP[ratio] * ratio, (OVERLAP[ratio] - 1) * ratio)
+        for ratio in sorted(STATE_POOL)
+        if ratio in used
+    )
+    return (window, *states)
+
+
 def compressed_spans(
-    sizes: CompressedSizes, *, cache_format: CacheFormat, layer_ids: tuple[int, ...]
+    sizes: CompressedSizes,
+    *,
+    cache_format: CacheFormat,
+    layer_ids: tuple[int, ...],
+    block_size: int = ENTRY_BLOCK_TOKENS,
 ) -> tuple[CacheSpan, ...]:
     """The cache tensors of these layers, in the order they have inside a layer.
 
@@ -67,7 +106,11 @@ def compressed_spans(
     (window rows, every layer), `comp_state` and `idx_comp_state` (rows from which the next entry is made).
 
     Source: rules S30-S36, S53 (a layer that shares another's selection has no index entries and no index state).
+
+    Raises:
+        ValueError: As require_block_size.
     """
+    require_block_size(sizes, block_size)
     row = row_layout(cache_format, sizes.head_dim, sizes.qk_rope_head_dim)
     key_bytes = index_layout(cache_format, sizes.index_head_dim) if sizes.selecting_layers else None
     of_ratio = {
@@ -75,41 +118,46 @@ def compressed_spans(
     }
     selecting = tuple(layer for layer in of_ratio[4] if layer in sizes.selecting_layers)
     all_layers = tuple(layer for layer, _ in sizes.ratios if layer in layer_ids)
-    spans = [_entry_span("key", "key_caches", row, ratio, of_ratio[ratio]) for ratio in (4, 128)]
+    pools = {pool.name: pool for pool in compressed_pools(sizes)}
+    spans = [_entry_span("key", "key_caches", row, ratio, of_ratio[ratio], block_size) for ratio in (4, 128)]
     if key_bytes is not None:
-        spans.append(_entry_span("indexer", "indexer_caches", key_bytes, 4, selecting))
-    spans.append(_row_span("swa", "swa_caches", row, all_layers, WINDOW_BLOCK_TOKENS, sizes.sliding_window))
-    spans += [
-        _state_span("comp_state", "comp_state_caches", sizes.head_dim, ratio, of_ratio[ratio]) for ratio in (4, 128)
-    ]
-    spans.append(_state_span("idx_comp_state", "idx_comp_state_caches", sizes.index_head_dim, 4, selecting))
+        spans.append(_entry_span("indexer", "indexer_caches", key_bytes, 4, selecting, block_size))
+    spans.append(_row_span("swa", "swa_caches", row, all_layers, pools[WINDOW_POOL]))
+    for role, width, ratio, layers in (
+        ("comp_state", sizes.head_dim, 4, of_ratio[4]),
+        ("comp_state", sizes.head_dim, 128, of_ratio[128]),
+        ("idx_comp_state", sizes.index_head_dim, 4, selecting),
+    ):
+        if layers:
+            layout = _state_layout(width, ratio)
+            spans.append(_row_span(role, f"{role}_caches", layout, layers, pools[STATE_POOL[ratio]]))
     return tuple(span for span in spans if span.spec.layer_ids)
 
 
-def _entry_span(role: str, storage_name: str, layout: TokenLayout, ratio: int, layers: tuple[int, ...]) -> CacheSpan:
-    entries = ENTRY_BLOCK_TOKENS // ratio
-    spec = _rows_spec(role, storage_name, layout, entries, layers)
-    return CacheSpan(spec, ENTRY_BLOCK_TOKENS, entries * layout.token_bytes)
+def _entry_span(
+    role: str, storage_name: str, layout: TokenLayout, ratio: int, layers: tuple[int, ...], block_size: int
+) -> CacheSpan:
+    entries = block_size // ratio
+    spec = _rows_spec(role, storage_name, layout, entries, layers, MAIN_POOL)
+    return CacheSpan(spec, block_size, entries * layout.token_bytes)
 
 
 def _row_span(
-    role: str, storage_name: str, layout: TokenLayout, layers: tuple[int, ...], block_tokens: int, live_tokens: int
+    role: str, storage_name: str, layout: TokenLayout, layers: tuple[int, ...], pool: CachePool
 ) -> CacheSpan:
-    spec = _rows_spec(role, storage_name, layout, block_tokens, layers)
-    return CacheSpan(spec, block_tokens, block_tokens * layout.token_bytes, live_tokens)
+    spec = _rows_spec(role, storage_name, layout, pool.block_tokens, layers, pool.name)
+    return CacheSpan(spec, pool.block_tokens, pool.block_tokens * layout.token_bytes, pool.live_tokens)
 
 
-def _state_span(role: str, storage_name: str, width: int, ratio: int, layers: tuple[int, ...]) -> CacheSpan:
-    """Rows of float32: what goes into an entry, then its scores; kept for the windows that are not closed."""
+def _state_layout(width: int, ratio: int) -> TokenLayout:
+    """Rows of float32: what goes into an entry, then its scores."""
     numbers = OVERLAP[ratio] * width
-    layout = TokenLayout(
-        "float32", (ByteField("value", "float32", numbers), ByteField("score", "float32", numbers)), "per_token"
-    )
-    return _row_span(role, storage_name, layout, layers, STATE_BLOCK_TOKENS[ratio], OVERLAP[ratio] * ratio)
+    fields = (ByteField("value", "float32", numbers), ByteField("score", "float32", numbers))
+    return TokenLayout("float32", fields, "per_token")
 
 
 def _rows_spec(
-    role: str, storage_name: str, layout: TokenLayout, rows: int, layers: tuple[int, ...]
+    role: str, storage_name: str, layout: TokenLayout, rows: int, layers: tuple[int, ...], pool: str
 ) -> CacheTensorSpec:
     """fp8 blocks are bytes, [num_blocks, bytes and padding]; others [num_blocks, rows, numbers]."""
     if layout.arrangement == "per_token" or not layout.name.startswith("fp8"):
@@ -127,4 +175,5 @@ def _rows_spec(
         dtype=dtype,
         item_bytes=ITEM_BYTES[dtype],
         layout_id=layout_id,
+        pool=pool,
     )

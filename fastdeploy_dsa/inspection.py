@@ -125,6 +125,7 @@ class Inspection:
                     "layout_id": span.spec.layout_id,
                     "block_shape": list(span.spec.block_shape),
                     "dtype": span.spec.dtype,
+                    "pool": span.spec.pool,
                     "block_tokens": span.block_tokens,
                     "bytes_per_block": span.spec.bytes_per_block,
                     "bytes_per_token": _number(span.bytes_per_token),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +131,32 @@ def _largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int6
     return np.argsort(-values, axis=1, kind="stable")[:, :count]
 
 
+def add_experts(
+    x: Tensor,
+    experts: Sequence[Callable[[Tensor], Tensor]],
+    chosen: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+) -> Tensor:
+    """Weighted sum of every row's experts.
+
+    Args:
+        x: [T, hidden_size] float32.
+        experts: By id.
+        chosen: [T, num_experts_per_tok] int64; an expert that a row lists twice counts with both weights.
+        weights: [T, num_experts_per_tok] float32.
+    """
+    combined = np.zeros(x.shape, np.float32)
+    # Experts add up in the order of their ids, so that a token's sum does not depend on its neighbours.
+    for expert in np.unique(chosen):
+        is_chosen = chosen == expert
+        rows = np.flatnonzero(is_chosen.any(axis=1))
+        shares = np.where(is_chosen[rows], weights[rows], np.float32(0)).sum(axis=1, keepdims=True)
+        filled = np.concatenate([rows, np.zeros(-len(rows) % ROW_MULTIPLE, rows.dtype)])
+        out = experts[expert](paddle.gather(x, paddle.to_tensor(filled))).numpy()
+        combined[rows] += shares * out[: len(rows)]
+    return paddle.to_tensor(combined)
+
+
 class MoE:
     """Routed experts and a shared expert."""
 
@@ -146,14 +172,7 @@ class MoE:
         """[T, hidden_size] to the same."""
         scores = paddle.nn.functional.sigmoid(linear(x, self._gate)).numpy()
         chosen, weights = route(scores, self._correction_bias, self._config)
-        combined = np.zeros(x.shape, np.float32)
-        # Experts add up in the order of their ids, so that a token's sum does not depend on its neighbours.
-        for expert in np.unique(chosen):
-            rows, rank = np.nonzero(chosen == expert)
-            filled = np.concatenate([rows, np.zeros(-len(rows) % ROW_MULTIPLE, rows.dtype)])
-            out = self._experts[expert](paddle.gather(x, paddle.to_tensor(filled))).numpy()
-            combined[rows] += weights[rows, rank, None] * out[: len(rows)]
-        routed = paddle.to_tensor(combined)
+        routed = add_experts(x, self._experts, chosen, weights)
         return routed if self._shared is None else routed + self._shared(x)
 
     @staticmethod

@@ -100,6 +100,18 @@ def rotate_interleaved(x: Tensor, rotation: Rotation) -> Tensor:
     return paddle.as_real(pairs * _broadcast(rotation.phase, x)).reshape(x.shape)
 
 
+def rotate_last(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the last R numbers by interleaved pairs; the others stay.
+
+    Args:
+        x: [T, width] or [T, heads, width] float32, width >= R.
+        rotation: Of the T rows.
+    """
+    kept = x.shape[-1] - 2 * rotation.cos.shape[-1]
+    rotated = rotate_interleaved(x[..., kept:], rotation)
+    return paddle.concat([x[..., :kept], rotated], axis=-1) if kept else rotated
+
+
 def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate pairs (i, i + R / 2).
 

@@ -78,10 +78,7 @@ def resolve_softmax_scale(config: Any) -> SoftmaxScale:
         return resolved
     text = _get(config, "text_config", config)
     if has_compressed_attention(text):
-        width = _width(text, "head_dim", "E1")
-        if width == 0:
-            raise SoftmaxScaleError("E1", "head_dim: expected an int >= 1, got 0")
-        return SoftmaxScale(width**-0.5, width, 1.0, "head_dim of compressed attention")
+        return compressed_softmax_scale(text)
     width = _width(text, "qk_nope_head_dim", "E2") + _width(text, "qk_rope_head_dim", "E2")
     if width == 0:
         raise SoftmaxScaleError("E2", "qk_nope_head_dim + qk_rope_head_dim: expected at least 1, got 0")
@@ -92,6 +89,18 @@ def resolve_softmax_scale(config: Any) -> SoftmaxScale:
         return SoftmaxScale(width**-0.5, width, 1.0, rule, warnings)
     magnitude, rule, more_warnings = _yarn_magnitude(rope)
     return SoftmaxScale(width**-0.5 * magnitude * magnitude, width, magnitude, rule, warnings + more_warnings)
+
+
+def compressed_softmax_scale(text: Any) -> SoftmaxScale:
+    """The scale of a text config that is known to be of the DeepSeek-V4 family: YaRN plays no part in it.
+
+    Raises:
+        SoftmaxScaleError: E1.
+    """
+    width = _width(text, "head_dim", "E1")
+    if width == 0:
+        raise SoftmaxScaleError("E1", "head_dim: expected an int >= 1, got 0")
+    return SoftmaxScale(width**-0.5, width, 1.0, "head_dim of compressed attention")
 
 
 def has_compressed_attention(config: Any) -> bool:

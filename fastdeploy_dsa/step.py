@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class StepMetadata:
         block_table: [num_requests, max_blocks] int32, -1 where unused.
         num_tokens: Rows that are tokens.
         max_length: Largest of lengths.
+        window_tables: Pool name to [num_requests, width] int32: blocks of the cache's window pools, as rings: position
+            p of a request is in block window_tables[pool][line, (p // block_tokens) % width]; -1 where unused.
     """
 
     token_ids: Tensor
@@ -38,6 +41,7 @@ class StepMetadata:
     block_table: Tensor
     num_tokens: int
     max_length: int
+    window_tables: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -48,6 +52,7 @@ class StepMetadata:
         request_ids: npt.NDArray[np.int32],
         block_table: npt.NDArray[np.int32],
         block_size: int,
+        window_tables: Mapping[str, npt.NDArray[np.int32]] | None = None,
         batch_invariant: bool = True,
     ) -> StepMetadata:
         """Derive slots and lengths and move everything into tensors.
@@ -58,6 +63,7 @@ class StepMetadata:
             request_ids: [T] int32, line of block_table.
             block_table: [num_requests, max_blocks] int32, -1 where unused.
             block_size: Tokens of a block.
+            window_tables: Pool name to [num_requests, width] int32; None: the cache has no window pools.
             batch_invariant: Fill the rows up, so that no row's result depends on the others.
 
         Raises:
@@ -81,6 +87,10 @@ class StepMetadata:
             block_table=paddle.to_tensor(np.ascontiguousarray(block_table, np.int32)),
             num_tokens=num_tokens,
             max_length=int(lengths.max()),
+            window_tables={
+                pool: paddle.to_tensor(np.ascontiguousarray(table, np.int32))
+                for pool, table in (window_tables or {}).items()
+            },
         )
 
     @property

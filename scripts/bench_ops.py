@@ -29,7 +29,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.op_benchmark.attention import sparse_mla_works
+from scripts.op_benchmark.compressed_mla import compressed_mla_works
 from scripts.op_benchmark.indexer import index_select_works, indexer_works, topk_works
+from scripts.op_benchmark.kv_compress import kv_compress_works
 from scripts.op_benchmark.report import machine, markdown, show
 from scripts.op_benchmark.timing import Rates, Work, measure
 from scripts.op_benchmark.writers import writer_works
@@ -40,6 +42,8 @@ WORKS: dict[str, Callable[[], Iterator[Work]]] = {
     "indexer_logits": indexer_works,
     "index_select": index_select_works,
     "writers": writer_works,
+    "kv_compress": kv_compress_works,
+    "compressed_mla": compressed_mla_works,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache_manager import cache_bytes
+from fastdeploy_dsa.attention.deepseek_v4.backend import DeepseekV4AttentionBackend
 from fastdeploy_dsa.attention.mla import MLAAttentionBackend
 from fastdeploy_dsa.attention.select import create_attention_backend
-from fastdeploy_dsa.cache_plan import CachePlan, plan_cache, plan_stages, without_sharing
-from fastdeploy_dsa.config import MlaConfig, ModelConfig
+from fastdeploy_dsa.cache_plan import (
+    DEFAULT_STEP_TOKENS,
+    CachePlan,
+    compressed_sizes,
+    plan_cache,
+    plan_stages,
+    without_sharing,
+)
+from fastdeploy_dsa.config import CompressedConfig, MlaConfig, ModelConfig
+from fastdeploy_dsa.engine.loading import CacheOptions, create_controller
+from fastdeploy_dsa.engine.step_plan import SchedulerLimits
 from fastdeploy_dsa.index_pattern import PUBLISHED_PATTERNS
 from fastdeploy_dsa.ops import CacheFormat
 
@@ -119,10 +131,49 @@ def test_what_is_said_to_fit_fits_and_no_more(name: str, memory: int, length: in
     plan = plan_cache(config_of(name), cache_format="fp8")
     requests = plan.max_requests(memory, length)
     assert requests is not None
-    assert requests * plan.request_bytes(length) <= memory < (requests + 1) * plan.request_bytes(length)
+    assert requests == 0 or plan.allocated_bytes(requests, length) <= memory
+    assert memory < plan.allocated_bytes(requests + 1, length)
+    assert plan.pools or plan.allocated_bytes(requests, length) == requests * plan.request_bytes(length)
     tokens = plan.max_tokens(memory)
     assert tokens is not None
-    assert plan.request_bytes(tokens) <= memory < plan.request_bytes(tokens + 1)
+    assert tokens == 0 or plan.allocated_bytes(1, tokens) <= memory
+    assert memory < plan.allocated_bytes(1, tokens + 1)
+
+
+@pytest.mark.parametrize("cache_format", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("name", ["deepseek_v4_flash", "deepseek_v4_pro"])
+def test_capacity_is_what_the_engine_allocates(name: str, cache_format: CacheFormat) -> None:
+    config = config_of(name)
+    assert isinstance(config, CompressedConfig)
+    block_size, memory, length = 256, 700 << 20, 1000
+    plan = plan_cache(config, cache_format=cache_format)
+    requests = plan.max_requests(memory, length)
+    assert requests is not None
+    assert requests >= 1
+    limits = SchedulerLimits(DEFAULT_STEP_TOKENS, requests, length, block_size)
+    options = CacheOptions(
+        cache_format,
+        block_size,
+        num_threads=1,
+        device="cpu",
+        num_blocks=None,
+        memory_bytes=memory,
+        wanted_blocks=requests * limits.num_blocks(length),
+        room=limits.window_room(has_snapshots=True),
+    )
+    backend = DeepseekV4AttentionBackend(
+        sizes=compressed_sizes(config), softmax_scale=1.0, cache_format=cache_format, block_size=block_size
+    )
+    controller = create_controller(backend, options, config.num_hidden_layers, config.num_nextn_predict_layers)
+    allocated = sum(tensor.numel().item() * tensor.element_size() for tensor in controller.caches.values())
+    assert controller.num_bytes == allocated == plan.allocated_bytes(requests, length) <= memory
+    assert controller.num_device_blocks == requests * 4
+    assert plan.allocated_bytes(requests + 1, length) > memory
+    least = cache_bytes(backend.cache_spec(plan.layer_ids), 1, options.room.device_blocks(plan.pools, 1))
+    few = replace(options, memory_bytes=least - 1)
+    message = rf"cache_memory: .* 256 tokens and the windows of {requests} requests \({least} bytes\), got"
+    with pytest.raises(ValueError, match=message):
+        create_controller(backend, few, config.num_hidden_layers, config.num_nextn_predict_layers)
 
 
 def test_layers_without_a_growing_cache_set_no_limit() -> None:

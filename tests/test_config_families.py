@@ -79,6 +79,18 @@ COMPRESSED_TABLE: dict[str, tuple[Any, Any]] = COMMON | {
         ("swa",) * 2 + ("c4a", "c128a") * 20 + ("c4a",),
         ("c128a",) * 2 + ("c4a", "c128a") * 29 + ("c4a",),
     ),
+    "router_types": (("hash",) * 3 + ("scores",) * 40, ("hash",) * 3 + ("scores",) * 58),
+    "moe_intermediate_size": (2048, 3072),
+    "n_routed_experts": (256, 384),
+    "n_shared_experts": (1, 1),
+    "num_experts_per_tok": (6, 6),
+    "norm_topk_prob": (True, True),
+    "routed_scaling_factor": (1.5, 2.5),
+    "swiglu_limit": (10.0, 10.0),
+    "hc_mult": (4, 4),
+    "hc_sinkhorn_iters": (20, 20),
+    "hc_eps": (1e-6, 1e-6),
+    "weight_block_size": ((128, 128), (128, 128)),
     "main_rope": (MAIN, MAIN),
     "compress_rope": (COMPRESS, COMPRESS),
     "bos_token_id": (0, 0),
@@ -329,6 +341,24 @@ def test_a_key_of_the_parts_that_are_not_read_may_be_overridden() -> None:
         ({"compress_rope_theta": None}, "compress_rope_theta: missing"),
         ({"compress_rope_theta": 1}, "compress_rope_theta: expected a finite number > 1, got 1"),
         ({"q_lora_rank": None}, "q_lora_rank: missing"),
+        ({"num_hash_layers": None}, "mlp_layer_types, num_hash_layers: both missing, expected one of them"),
+        (
+            {"mlp_layer_types": ["hash_moe"] * 5},
+            "mlp_layer_types: expected at least 6 entries, one per backbone layer, got 5",
+        ),
+        ({"mlp_layer_types": ["dense"] * 6}, "mlp_layer_types: position 0: expected 'hash_moe' or 'moe', got 'dense'"),
+        (
+            {"mlp_layer_types": ["hash_moe"] * 4 + ["moe"] * 2},
+            "mlp_layer_types, num_hash_layers: layer 3 is hash_moe in the list, with num_hash_layers 3",
+        ),
+        ({"scoring_func": "sigmoid"}, "scoring_func: only 'sqrtsoftplus' is supported, got 'sigmoid'"),
+        ({"n_group": 8}, "n_group: only 1 is supported, got 8"),
+        ({"num_experts_per_tok": 257}, "num_experts_per_tok: expected at most n_routed_experts 256, got 257"),
+        ({"swiglu_limit": -1}, "swiglu_limit: expected a finite number > 0, got -1"),
+        ({"hc_mult": 0}, "hc_mult: expected an int from 1 to 64, got 0"),
+        ({"hc_sinkhorn_iters": 0}, "hc_sinkhorn_iters: expected an int from 1 to 1000, got 0"),
+        ({"hc_eps": None}, "hc_eps: missing"),
+        ({"expert_dtype": "int4"}, "expert_dtype: expected fp4 or fp8 or bf16, got 'int4'"),
     ],
 )
 def test_a_malformed_compressed_model_is_named(changes: dict[str, Any], message: str) -> None:
@@ -380,7 +410,6 @@ def test_what_belongs_to_another_family_is_refused(name: str, changes: dict[str,
     [
         ("deepseek_v2_lite.json", "DeepseekV2ForCausalLM: models without an indexer cannot generate yet"),
         ("deepseek_v3.json", "DeepseekV3ForCausalLM: models without an indexer cannot generate yet"),
-        ("deepseek_v4_flash.json", "DeepseekV4ForCausalLM: models with compressed entries cannot generate yet"),
     ],
 )
 def test_the_engine_refuses_what_it_cannot_run(tmp_path: Path, name: str, reason: str) -> None:
@@ -389,11 +418,35 @@ def test_the_engine_refuses_what_it_cannot_run(tmp_path: Path, name: str, reason
         read_model_config(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "hashed", "limit"),
+    [
+        ({}, 3, 10.0),
+        ({"num_hash_layers": None, "mlp_layer_types": ["hash_moe"] + ["moe"] * 7}, 1, 10.0),
+        ({"num_hash_layers": 100}, 6, 10.0),
+        ({"num_hash_layers": 0, "swiglu_limit": 0}, 0, 0.0),
+        ({"swiglu_limit": None, "expert_dtype": "fp4"}, 3, 0.0),
+    ],
+)
+def test_routers_and_limits_are_read_in_every_spelling(changes: dict[str, Any], hashed: int, limit: float) -> None:
+    config = ModelConfig.from_pretrained(small_v4(**changes))
+    assert isinstance(config, CompressedConfig)
+    assert [config.router_type(layer) for layer in range(7)] == ["hash"] * hashed + ["scores"] * (7 - hashed)
+    assert config.swiglu_limit == limit
+
+
+def test_the_engine_reads_what_it_can_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((CONFIGS / "deepseek_v4_flash.json").read_text())
+    assert isinstance(read_model_config(tmp_path, None), CompressedConfig)
+
+
 def test_a_class_reads_its_own_family_only() -> None:
     assert isinstance(DsaConfig.from_pretrained(CONFIGS / "glm_5.json"), DsaConfig)
     assert isinstance(MlaConfig.from_pretrained(CONFIGS / "deepseek_v32.json"), DsaConfig)  # also latent attention
-    with pytest.raises(UnsupportedConfigError, match="DeepseekV3ForCausalLM"):
+    with pytest.raises(UnsupportedConfigError, match=r"^DeepseekV3ForCausalLM: models without an indexer"):
         DsaConfig.from_pretrained(CONFIGS / "deepseek_v3.json")
+    with pytest.raises(UnsupportedConfigError, match=r"^DeepseekV4ForCausalLM: expected a model of DsaConfig, got"):
+        DsaConfig.from_pretrained(CONFIGS / "deepseek_v4_flash.json")
 
 
 VALUES = st.recursive(

@@ -69,4 +69,4 @@ def test_the_cache_dtype_follows_the_device() -> None:
 def test_swap_space_is_refused_where_nothing_copies() -> None:
     options = CacheOptions("fp8", 64, num_threads=0, device="gpu:0", num_blocks=8, host_bytes=1 << 20)
     with pytest.raises(ValueError, match="swap_space: expected 0 on device 'gpu:0', got 1048576 bytes"):
-        options.num_host_blocks(1024)
+        options.choose_num_host_blocks(lambda count: 1024 * count)

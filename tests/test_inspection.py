@@ -155,8 +155,6 @@ def test_a_model_is_named_by_folder_file_or_json(
         ("deepseek_v32", "80GiB", (80 << 30) // (48856 * 64) * 64),
         ("glm_52", str(54728 * 64), 64),
         ("glm_52", str(54728 * 64 - 1), 0),
-        # What is left beside the blocks of windows and states (18663680 bytes) becomes blocks of 256 tokens.
-        ("deepseek_v4_flash", "80 GB", (80 * 10**9 - 18663680) // (3915 * 256) * 256),
     ],
 )
 def test_capacity_is_what_whole_blocks_hold(
@@ -165,6 +163,17 @@ def test_capacity_is_what_whole_blocks_hold(
     found = inspect(capsys, CONFIGS / f"{name}.json", "--memory", memory)
     assert found["max_tokens"] == max_tokens
     assert abs(max_tokens - found["memory_bytes"] / found["cache_bytes_per_token"]) < 6000
+
+
+def test_capacity_counts_windows_of_a_step_and_of_cached_prefixes(capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspect(capsys, CONFIGS / "deepseek_v4_flash.json", "--memory", "80 GB")
+    window, states4, states128 = 44 * 37440, 21 * (32768 + 8192), 20 * 32768  # bytes of a block, all layers
+    # Blocks of the last 127, 7 and 127 tokens and of 512 more, wherever they begin in a block of 64, 4 and 8 tokens.
+    request = 11 * window + 131 * states4 + 81 * states128
+    snapshot = 2 * window + states4  # 127 tokens and 4 tokens before a boundary
+    groups, rest = divmod(80 * 10**9 - request, 16 * 3915 * 256 + snapshot)
+    blocks = 16 * groups + max(0, rest - snapshot) // (3915 * 256)
+    assert found["max_tokens"] == blocks * 256
 
 
 def test_requests_of_a_length_that_fit(capsys: pytest.CaptureFixture[str]) -> None:

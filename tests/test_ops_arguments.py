@@ -16,12 +16,20 @@ from hypothesis import strategies as st
 
 from fastdeploy_dsa import ops
 from fastdeploy_dsa.ops.library import run_op
-from fastdeploy_dsa.ops.types import CACHE_FORMAT_CODES, ISA_CODES, MAX_THREADS, SCALE_FORMAT_CODES, CpuOptions
+from fastdeploy_dsa.ops.types import (
+    CACHE_FORMAT_CODES,
+    ENTRY_KIND_CODES,
+    ISA_CODES,
+    MAX_THREADS,
+    SCALE_FORMAT_CODES,
+    CpuOptions,
+)
 from tests.kit.headers import Headers
 
 T, HEADS, BLOCKS, BLOCK_SIZE, TOPK = 3, 2, 4, 8, 5
 LORA, ROPE, INDEX_DIM = 16, 8, 16
 REQUESTS, MAX_BLOCKS = 2, 3
+HEAD_DIM, RATIO, STATE_TOKENS = 24, 4, 4
 
 Arguments = dict[str, Any]
 
@@ -37,6 +45,10 @@ def tensors_on_the_cpu() -> Iterator[None]:
 
 def tensor(*shape: int, dtype: str = "float32") -> paddle.Tensor:
     return paddle.zeros(shape, dtype=dtype)
+
+
+def ints(*values: int) -> paddle.Tensor:
+    return paddle.to_tensor(values, dtype="int32")
 
 
 def contexts() -> Arguments:
@@ -113,6 +125,59 @@ _FITTING: dict[str, Callable[[], Arguments]] = {
         "kv_lora_rank": LORA,
         "softmax_scale": 0.1,
     },
+    "compressed_row_write": lambda: {
+        "rows": paddle.randn([T, HEAD_DIM]),
+        "cache": tensor(BLOCKS, BLOCK_SIZE, HEAD_DIM),
+        "slot_mapping": paddle.arange(T),
+        "rope_dim": ROPE,
+        "block_rows": BLOCK_SIZE,
+    },
+    "compressed_row_read": lambda: {
+        "cache": paddle.randn([BLOCKS, BLOCK_SIZE, HEAD_DIM]),
+        "slot_ids": paddle.arange(T),
+        "head_dim": HEAD_DIM,
+        "rope_dim": ROPE,
+        "block_rows": BLOCK_SIZE,
+    },
+    "kv_compress": lambda: {
+        "kv_score": paddle.randn([T, 4 * HEAD_DIM]),
+        "ape": paddle.randn([RATIO, 2 * HEAD_DIM]),
+        "norm_weight": paddle.randn([HEAD_DIM]),
+        "cos": paddle.randn([T, ROPE // 2]),
+        "sin": paddle.randn([T, ROPE // 2]),
+        "state_cache": tensor(BLOCKS, STATE_TOKENS, 4 * HEAD_DIM),
+        "state_table": paddle.to_tensor([[0, 1, 2], [3, 3, 3]], dtype="int32"),
+        "positions": ints(1, 2, 3),
+        "request_ids": tensor(T, dtype="int32"),
+        "lengths": ints(2, 3, 4),
+        "entry_cache": tensor(BLOCKS, BLOCK_SIZE, HEAD_DIM),
+        "entry_slots": paddle.arange(T),
+        "eps": 1e-6,
+        "ratio": RATIO,
+        "overlap": 2,
+        "rope_dim": ROPE,
+        "block_rows": BLOCK_SIZE,
+        "entry_kind": "row",
+    },
+    "compressed_mla": lambda: {
+        "query": paddle.randn([T, HEADS, HEAD_DIM]),
+        "window_cache": paddle.randn([BLOCKS, BLOCK_SIZE, HEAD_DIM]),
+        "window_slots": paddle.arange(T * TOPK, dtype="int32").reshape([T, TOPK]),
+        "window_counts": paddle.full([T], TOPK, dtype="int32"),
+        "window_block_rows": BLOCK_SIZE,
+        "entry_cache": paddle.randn([BLOCKS, 2, HEAD_DIM]),
+        "entry_slots": paddle.arange(T * 2, dtype="int32").reshape([T, 2]),
+        "entry_counts": paddle.full([T], 2, dtype="int32"),
+        "entry_block_rows": 2,
+        "sinks": paddle.randn([HEADS]),
+        "rope_dim": ROPE,
+        "softmax_scale": 0.1,
+    },
+    "inverse_rope": lambda: {
+        "x": paddle.randn([T, HEADS, HEAD_DIM]),
+        "cos": paddle.randn([T, ROPE // 2]),
+        "sin": paddle.randn([T, ROPE // 2]),
+    },
     "block_copy": lambda: {
         "src": paddle.randn([BLOCKS, BLOCK_SIZE, 3]),
         "dst": tensor(BLOCKS, BLOCK_SIZE, 3),
@@ -126,8 +191,13 @@ IN_PLACE = {
     "mla_cache_write": ("cache",),
     "index_key_write": ("cache",),
     "layer_write": ("latent_cache", "index_cache"),
+    "compressed_row_write": ("cache",),
+    "kv_compress": ("state_cache", "entry_cache"),
+    "inverse_rope": ("x",),
     "block_copy": ("dst",),
 }
+# Arguments of which None says that there is none.
+OPTIONAL = {("compressed_mla", name) for name in ("entry_cache", "entry_slots", "entry_counts")}
 # Blocks are copied as bytes: the two arenas take any dtype and any shape, as long as they agree.
 ARENAS = {("block_copy", "src"), ("block_copy", "dst")}
 # (op, argument, axis) whose size no other argument has, so that any size fits.
@@ -152,6 +222,20 @@ FREE_AXES = {
     ("sparse_mla", "latent_cache", 0),
     ("sparse_mla", "latent_cache", 2),
     ("sparse_mla", "slot_ids", 1),
+    ("compressed_row_write", "cache", 0),
+    ("compressed_row_read", "cache", 0),
+    ("compressed_row_read", "slot_ids", 0),
+    ("kv_compress", "state_cache", 0),
+    ("kv_compress", "state_cache", 1),
+    ("kv_compress", "state_table", 0),
+    ("kv_compress", "state_table", 1),
+    ("kv_compress", "entry_cache", 0),
+    ("compressed_mla", "window_cache", 0),
+    ("compressed_mla", "window_slots", 1),
+    ("compressed_mla", "entry_cache", 0),
+    ("compressed_mla", "entry_slots", 1),
+    ("inverse_rope", "x", 1),
+    ("inverse_rope", "x", 2),
     ("block_copy", "src", 0),
     ("block_copy", "dst", 0),
 }
@@ -159,6 +243,12 @@ TENSORS = [
     (op, name) for op, fitting in FITTING.items() for name, value in fitting().items() if hasattr(value, "shape")
 ]
 AXES = [(op, name, axis) for op, name in TENSORS for axis in range(FITTING[op]()[name].ndim)]
+ROW_OPS = ("compressed_row_write", "compressed_row_read", "kv_compress", "compressed_mla")
+BLOCK_ROWS = [
+    *((op, "block_rows") for op in ROW_OPS[:3]),
+    ("compressed_mla", "window_block_rows"),
+    ("compressed_mla", "entry_block_rows"),
+]
 NUMBERS = [
     # op, argument, value that does not fit
     ("mla_cache_write", "scale_format", "e8m0"),
@@ -185,6 +275,24 @@ NUMBERS = [
     ("sparse_mla", "softmax_scale", 1j),
     ("sparse_mla", "batch_invariant", 1),
     ("sparse_mla", "batch_invariant", None),
+    *((op, "rope_dim", value) for op in ROW_OPS for value in (0, 7, HEAD_DIM, -2, True, 8.0)),
+    *((op, name, value) for op, name in BLOCK_ROWS for value in (0, -1, 1 << 31, None)),
+    ("compressed_row_read", "head_dim", 0),
+    ("compressed_row_read", "head_dim", (1 << 24) + 2),
+    ("kv_compress", "eps", -1e-6),
+    ("kv_compress", "eps", float("nan")),
+    ("kv_compress", "eps", float("inf")),
+    ("kv_compress", "ratio", 0),
+    ("kv_compress", "ratio", (1 << 20) + 1),
+    ("kv_compress", "overlap", 0),
+    ("kv_compress", "overlap", 3),
+    ("kv_compress", "entry_kind", "key"),
+    ("kv_compress", "entry_kind", None),
+    ("kv_compress", "scale_format", "e8m0"),
+    ("compressed_mla", "softmax_scale", float("nan")),
+    ("compressed_mla", "softmax_scale", "0.1"),
+    ("compressed_mla", "batch_invariant", 1),
+    *((op, "block_size", value) for op in ("indexer_logits", "index_select") for value in (0, -1, 7, True, "8", 8.0)),
     ("index_query_quant", "cache_format", ["fp8"]),
     ("index_query_quant", "cache_format", None),
     ("mla_cache_write", "scale_format", {"plain"}),
@@ -198,14 +306,19 @@ NUMBERS = [
 ]
 
 
-def ints(*values: int) -> paddle.Tensor:
-    return paddle.to_tensor(values, dtype="int32")
-
-
 def fp8_index(block_size: int, index_head_dim: int) -> Arguments:
     return {
         "query": tensor(T, HEADS, index_head_dim, dtype="uint8"),
         "index_cache": tensor(BLOCKS, block_size, index_head_dim + 4, dtype="uint8"),
+    }
+
+
+def padded_index() -> Arguments:
+    """fp8 keys in blocks of 8 * (16 + 4) bytes, filled up."""
+    return {
+        "query": tensor(T, HEADS, INDEX_DIM, dtype="uint8"),
+        "index_cache": tensor(BLOCKS, 176, dtype="uint8"),
+        "block_size": 8,
     }
 
 
@@ -263,6 +376,94 @@ MISFITS: list[tuple[str, Callable[[], Arguments], str]] = [
         "block_copy",
         lambda: {"dst_block_ids": paddle.to_tensor([BLOCKS, 0])},
         "dst_block_ids: expected a block of dst, at least 0 and below 4, got 4 in row 0",
+    ),
+    *(
+        ("compressed_mla", changes, words)
+        for changes, words in (
+            (lambda: {"window_counts": ints(0, TOPK + 1, 0)}, r"window_counts: expected 0 to 5 .*got 6 in row 1"),
+            (lambda: {"entry_counts": ints(0, 0, -1)}, r"entry_counts: expected 0 to 2 .*got -1 in row 2"),
+            (lambda: {"entry_slots": None}, "entry_slots: expected a paddle.Tensor, or None for all of .*got None"),
+            (
+                lambda: {"entry_cache": None, "entry_counts": None},
+                "entry_cache: expected a paddle.Tensor, or None for all of .*got None",
+            ),
+            (
+                lambda: {"entry_cache": tensor(BLOCKS, 2, HEAD_DIM, dtype="bfloat16")},
+                "entry_cache: expected float32 like window_cache, got bfloat16",
+            ),
+            (
+                lambda: {"entry_cache": tensor(BLOCKS, 100, dtype="uint8")},
+                "entry_cache: expected float32 like window_cache, got uint8",
+            ),
+            (
+                lambda: {"window_cache": tensor(BLOCKS, 319, dtype="uint8")},
+                r"window_cache: expected blocks of at least 320 bytes, a multiple of 2, .*got uint8 \[4, 319\]",
+            ),
+            (
+                lambda: {"window_slots": tensor(T, 0, dtype="int32"), "entry_slots": tensor(T, 0, dtype="int32")},
+                "window_slots: expected at least one column",
+            ),
+            (lambda: {"query": tensor(T, 0, HEAD_DIM)}, "query: expected num_heads of 1 to .*got 0 in"),
+        )
+    ),
+    *(
+        ("kv_compress", changes, words)
+        for changes, words in (
+            (lambda: {"positions": ints(1, -1, 3)}, "positions: expected at least 0, got -1 in row 1"),
+            (lambda: {"request_ids": ints(0, 0, 2)}, "request_ids: .* at least 0 and below 2, got 2 in row 2"),
+            (
+                lambda: {"state_table": tensor(REQUESTS, 0, dtype="int32")},
+                "state_table: expected state_table_width of 1 to .*got 0 in",
+            ),
+            (
+                lambda: {"state_cache": tensor(BLOCKS, 0, 4 * HEAD_DIM)},
+                "state_cache: expected state_block_tokens of 1 to .*got 0 in",
+            ),
+            (
+                lambda: {"entry_cache": tensor(BLOCKS, 318, dtype="uint8")},
+                "entry_cache: expected blocks of at least 320 bytes",
+            ),
+            (
+                lambda: {"entry_kind": "index_key", "entry_cache": tensor(BLOCKS, 226, dtype="uint8")},
+                "entry_cache: expected blocks of 224 bytes, filled up to a multiple of 4, for block_size 8",
+            ),
+            (
+                lambda: {"entry_kind": "index_key", "entry_cache": tensor(BLOCKS, 220, dtype="uint8")},
+                "entry_cache: expected blocks of 224 bytes, filled up",
+            ),
+            (
+                lambda: {"entry_kind": "index_key", "entry_cache": tensor(BLOCKS, 4, HEAD_DIM)},
+                "block_size: expected 4 as in entry_cache",
+            ),
+        )
+    ),
+    (
+        "compressed_row_write",
+        lambda: {"cache": tensor(BLOCKS, 319, dtype="uint8")},
+        "cache: expected blocks of at least 320 bytes, a multiple of 2, for 8 rows of 24 numbers",
+    ),
+    (
+        "compressed_row_write",
+        lambda: {"rows": tensor(T, 25), "cache": tensor(BLOCKS, 1000, dtype="uint8")},
+        "cache: expected rows of an even head_dim in an fp8 cache",
+    ),
+    ("inverse_rope", lambda: {"x": tensor(T, 0, HEAD_DIM)}, "x: expected num_heads of 1 to .*got 0 in"),
+    (
+        "inverse_rope",
+        lambda: {"cos": tensor(T, 13), "sin": tensor(T, 13)},
+        "cos: expected half_rope_dim of 1 to 12, got 13 in",
+    ),
+    *(
+        (op, lambda changes=changes: {**padded_index(), **changes}, words)
+        for op in ("indexer_logits", "index_select")
+        for changes, words in (
+            (
+                {"block_size": None},
+                r"index_cache: expected .* \[num_blocks, block_size, index_row\], got uint8 \[4, 176\]",
+            ),
+            ({"block_size": 12}, "index_cache: expected blocks of 240 bytes, filled up to a multiple of 4,"),
+            ({"block_size": 6}, "index_cache: expected block_size to be a multiple of 4 in an fp8"),
+        )
     ),
     ("mla_cache_write", lambda: {"cache": tensor(BLOCKS, 1, 0, LORA + ROPE)}, "cache: expected block_size of 1 to"),
     ("index_key_write", lambda: {"cache": tensor(BLOCKS, 0, INDEX_DIM)}, "cache: expected block_size of 1 to"),
@@ -370,7 +571,9 @@ def test_the_first_value_that_does_not_fit_is_named(op: str, changes: Callable[[
     ids=["numpy", "list", "none", "int"],
 )
 def test_what_is_no_tensor_is_refused(op: str, name: str, value: object, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: expected a paddle.Tensor, got {kind}$"):
+    if value is None and (op, name) in OPTIONAL:
+        kind = "None"  # and the others stay
+    with pytest.raises(ValueError, match=rf"^{name}: expected a paddle.Tensor,.* got {kind}$"):
         call(op, {**FITTING[op](), name: value})
 
 
@@ -401,12 +604,14 @@ def test_an_arena_that_is_not_contiguous_is_refused_and_nothing_is_written(op: s
 @pytest.mark.parametrize(("op", "name"), TARGETS)
 def test_a_contiguous_part_of_a_cache_is_written_through(op: str, name: str) -> None:
     arguments = FITTING[op]()
+    size = len(arguments[name])
     whole = paddle.concat([arguments[name]] * 2, axis=0)
-    arguments[name] = whole[BLOCKS:]
+    before = whole.numpy()
+    arguments[name] = whole[size:]
     call(op, arguments)
     written = whole.numpy()
-    assert not written[:BLOCKS].any()
-    assert written[BLOCKS:].any()
+    np.testing.assert_array_equal(written[:size], before[:size])
+    assert (written[size:] != before[size:]).any()
 
 
 @pytest.mark.parametrize(("op", "name"), [pair for pair in TENSORS if pair not in {*TARGETS, ("block_copy", "src")}])
@@ -438,7 +643,7 @@ def test_an_empty_batch_is_valid(op: str) -> None:
 @pytest.mark.parametrize("op", FITTING)
 def test_a_tensor_that_wants_gradients_is_taken(op: str) -> None:
     arguments = FITTING[op]()
-    name = next(iter(arguments))
+    name = next(name for name in arguments if name not in IN_PLACE.get(op, ()))
     arguments[name].stop_gradient = False
     with paddle.no_grad():
         call(op, arguments)
@@ -512,7 +717,13 @@ def test_mla_cache_write_takes_exactly_the_shapes_that_agree(
 
 
 @pytest.mark.parametrize(
-    ("prefix", "codes"), [("DSA_", CACHE_FORMAT_CODES), ("DSA_SCALE_", SCALE_FORMAT_CODES), ("DSA_ISA_", ISA_CODES)]
+    ("prefix", "codes"),
+    [
+        ("DSA_", CACHE_FORMAT_CODES),
+        ("DSA_SCALE_", SCALE_FORMAT_CODES),
+        ("DSA_ISA_", ISA_CODES),
+        ("DSA_ENTRY_", ENTRY_KIND_CODES),
+    ],
 )
 def test_codes_are_those_of_the_header(prefix: str, codes: dict[str, int]) -> None:
     constants = Headers().constants

@@ -51,3 +51,28 @@ int64_t dsa_index_block_bytes(dsa_format format, int32_t block_size, int32_t ind
     const bool overflows = __builtin_mul_overflow((int64_t)block_size * index_head_dim, number_bytes(format), &bytes);
     return overflows ? -1 : bytes;
 }
+
+int64_t dsa_compressed_row_data_bytes(dsa_format format, int32_t head_dim, int32_t qk_rope_head_dim) {
+    if (number_bytes(format) < 0 || qk_rope_head_dim <= 0 || qk_rope_head_dim % 2 != 0) return -1;
+    if (head_dim <= qk_rope_head_dim) return -1;
+    if (format != DSA_FP8) return head_dim * number_bytes(format);
+    if (head_dim % 2 != 0) return -1;
+    return (int64_t)head_dim - qk_rope_head_dim + qk_rope_head_dim * number_bytes(DSA_BFLOAT16);
+}
+
+int64_t dsa_compressed_row_scale_bytes(dsa_format format, int32_t head_dim, int32_t qk_rope_head_dim) {
+    if (dsa_compressed_row_data_bytes(format, head_dim, qk_rope_head_dim) < 0) return -1;
+    if (format != DSA_FP8) return 0;
+    constexpr int64_t kNumbersPerUnit = (int64_t)DSA_COMPRESSED_GROUP * DSA_COMPRESSED_SCALE_ALIGNMENT;
+    const int64_t value_dim = (int64_t)head_dim - qk_rope_head_dim;
+    return (value_dim + kNumbersPerUnit - 1) / kNumbersPerUnit * DSA_COMPRESSED_SCALE_ALIGNMENT;
+}
+
+int64_t dsa_compressed_block_bytes(dsa_format format, int32_t block_rows, int32_t head_dim,
+                                   int32_t qk_rope_head_dim) {
+    const int64_t data = dsa_compressed_row_data_bytes(format, head_dim, qk_rope_head_dim);
+    if (data < 0 || block_rows <= 0) return -1;
+    int64_t bytes;
+    const int64_t row = data + dsa_compressed_row_scale_bytes(format, head_dim, qk_rope_head_dim);
+    return __builtin_mul_overflow((int64_t)block_rows, row, &bytes) ? -1 : bytes;
+}

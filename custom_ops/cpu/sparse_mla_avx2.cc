@@ -1,3 +1,3 @@
 #include "sparse_mla_vector.h"
 
-const dsa::SparseMlaKernels dsa::sparse_mla_avx2 = dsa::avx2::kSparseMlaKernels;
+const dsa::RowAttentionKernels dsa::sparse_mla_avx2 = dsa::avx2::kRowAttentionKernels<dsa::avx2::LatentRows>;

@@ -1,3 +1,3 @@
 #include "sparse_mla_vector.h"
 
-const dsa::SparseMlaKernels dsa::sparse_mla_avx512 = dsa::avx512::kSparseMlaKernels;
+const dsa::RowAttentionKernels dsa::sparse_mla_avx512 = dsa::avx512::kRowAttentionKernels<dsa::avx512::LatentRows>;

@@ -2,6 +2,7 @@
  * Device::has_hopper_instructions is false. */
 #if defined(DSA_HAS_SM90) && !DSA_HAS_SM90
 
+#include "compressed_mla_kernels.h"
 #include "indexer_logits_kernels.h"
 #include "sparse_mla_kernels.h"
 
@@ -15,6 +16,11 @@ dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params&, const Device&, int
 size_t sparse_mla_sm90_rows_workspace_bytes(const dsa_sparse_mla_params&, const Device&) { return 0; }
 
 dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params&, const Device&, cudaStream_t) { return DSA_UNSUPPORTED; }
+
+dsa_status compressed_mla_sm90(const dsa_compressed_mla_params&, const CompressedMlaLayouts&, int32_t, const Device&,
+                               cudaStream_t) {
+    return DSA_UNSUPPORTED;
+}
 
 const char* indexer_logits_sm90_refusal(const dsa_indexer_logits_params&) { return "no code for this device"; }
 

@@ -177,6 +177,11 @@ class Shapes {
         return (int32_t)known->value;
     }
 
+    /* A size that is the user's number, where a tensor's shape cannot show it. */
+    void give(const char* name, const char* argument, const Tensor& tensor, int64_t value) {
+        known_.push_back({name, argument, &tensor, value});
+    }
+
   private:
     struct Known {
         const char* name;
@@ -271,52 +276,6 @@ static inline void expect_latent_cache(Shapes* shapes, const char* argument, con
     refuse(std::string(argument) + ": expected rows of " + std::to_string(expected) + " bytes for kv_lora_rank " +
            std::to_string(kv_lora_rank) + " and qk_rope_head_dim " + std::to_string(qk_rope_head_dim) + ", got " +
            std::to_string(row_bytes) + " bytes in " + describe(cache));
-}
-
-/* An index-key cache, [num_blocks, block_size, row]: the block must be what cache_layout.h says for the head size. */
-static inline void expect_index_cache(Shapes* shapes, const char* argument, const Tensor& cache) {
-    shapes->expect(argument, cache, {DataType::UINT8, DataType::BFLOAT16, DataType::FLOAT32},
-                   {"num_blocks", "block_size", "index_row"});
-    const int32_t block_size = shapes->positive("block_size");
-    const int32_t index_head_dim = shapes->positive("index_head_dim");
-    const dsa_format format = format_of(cache);
-    if (format == DSA_FP8) {
-        if (index_head_dim > DSA_MAX_FP8_INDEX_HEAD_DIM) {
-            refuse(std::string(argument) + ": expected index_head_dim of at most " +
-                   std::to_string(DSA_MAX_FP8_INDEX_HEAD_DIM) +
-                   " in an fp8 cache, because a token has one scale, got " + std::to_string(index_head_dim));
-        }
-        if (block_size % 4 != 0) {
-            refuse(std::string(argument) + ": expected block_size to be a multiple of 4 in an fp8 cache, " +
-                   "so that its scales are aligned, got " + std::to_string(block_size) + " in " + describe(cache));
-        }
-    }
-    const int64_t expected = dsa_index_block_bytes(format, block_size, index_head_dim);
-    if (block_bytes(cache) == expected) return;
-    refuse(std::string(argument) + ": expected blocks of " + std::to_string(expected) + " bytes for block_size " +
-           std::to_string(block_size) + " and index_head_dim " + std::to_string(index_head_dim) + ", got " +
-           std::to_string(block_bytes(cache)) + " bytes in " + describe(cache));
-}
-
-static inline void expect_index_row_fits(const Shapes& shapes) {
-    const int64_t heads = shapes.positive("index_n_heads");
-    const int64_t dim = shapes.positive("index_head_dim");
-    if (heads * dim <= kMaxIndexRow) return;
-    refuse("query: expected index_n_heads * index_head_dim of at most " + std::to_string(kMaxIndexRow) + ", got " +
-           std::to_string(heads) + " * " + std::to_string(dim));
-}
-
-/* Index queries, their head weights, and a cache in the format of the queries. */
-static inline void expect_index_query(Shapes* shapes, const Tensor& query, const Tensor& folded_weights,
-                                      const Tensor& index_cache) {
-    shapes->expect("query", query, {DataType::UINT8, DataType::BFLOAT16, DataType::FLOAT32},
-                   {"num_tokens", "index_n_heads", "index_head_dim"});
-    shapes->expect("folded_weights", folded_weights, {DataType::FLOAT32}, {"num_tokens", "index_n_heads"});
-    expect_index_cache(shapes, "index_cache", index_cache);
-    expect_index_row_fits(*shapes);
-    if (index_cache.dtype() == query.dtype()) return;
-    refuse(std::string("query: expected ") + dtype_name(index_cache.dtype()) + " like index_cache, got " +
-           describe(query));
 }
 
 /* Which cache blocks each row sees. */

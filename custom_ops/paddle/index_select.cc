@@ -1,6 +1,6 @@
 #include "dsa/index_select.h"
 
-#include "binding.h"
+#include "index_cache.h"
 #include "offending_rows.h"
 
 namespace dsa {
@@ -14,9 +14,9 @@ constexpr Op<dsa_index_select_params> kOp = {
 static std::vector<Tensor> index_select(const Tensor& query, const Tensor& folded_weights, const Tensor& index_cache,
                                         const Tensor& block_table, const Tensor& request_ids, const Tensor& lengths,
                                         int64_t max_length, int64_t topk, int64_t max_logits_bytes,
-                                        int64_t num_threads, int64_t isa) {
+                                        int64_t block_size, int64_t num_threads, int64_t isa) {
     Shapes shapes;
-    expect_index_query(&shapes, query, folded_weights, index_cache);
+    expect_index_query(&shapes, query, folded_weights, index_cache, block_size);
     expect_contexts(&shapes, block_table, request_ids, lengths);
     expect_slots_fit("index_cache", shapes["num_blocks"], shapes["block_size"]);
     expect_between("max_length", max_length, 0, kMaxInt32);
@@ -63,6 +63,6 @@ static std::vector<Tensor> index_select(const Tensor& query, const Tensor& folde
 PD_BUILD_OP(dsa_index_select)
     .Inputs({"query", "folded_weights", "index_cache", "block_table", "request_ids", "lengths"})
     .Outputs({"positions", "slot_ids", "counts"})
-    .Attrs({"max_length: int64_t", "topk: int64_t", "max_logits_bytes: int64_t", "num_threads: int64_t",
-            "isa: int64_t"})
+    .Attrs({"max_length: int64_t", "topk: int64_t", "max_logits_bytes: int64_t", "block_size: int64_t",
+            "num_threads: int64_t", "isa: int64_t"})
     .SetKernelFn(PD_KERNEL(dsa::binding::index_select));

@@ -1,6 +1,6 @@
 #include "dsa/indexer_logits.h"
 
-#include "binding.h"
+#include "index_cache.h"
 #include "offending_rows.h"
 
 namespace dsa {
@@ -13,9 +13,10 @@ constexpr Op<dsa_indexer_logits_params> kOp = {
 
 static std::vector<Tensor> indexer_logits(const Tensor& query, const Tensor& folded_weights, const Tensor& index_cache,
                                           const Tensor& block_table, const Tensor& request_ids, const Tensor& lengths,
-                                          int64_t logits_width, int64_t num_threads, int64_t isa) {
+                                          int64_t logits_width, int64_t block_size, int64_t num_threads,
+                                          int64_t isa) {
     Shapes shapes;
-    expect_index_query(&shapes, query, folded_weights, index_cache);
+    expect_index_query(&shapes, query, folded_weights, index_cache, block_size);
     expect_contexts(&shapes, block_table, request_ids, lengths);
     expect_slots_fit("index_cache", shapes["num_blocks"], shapes["block_size"]);
     expect_between("logits_width", logits_width, 0, kMaxInt32);
@@ -57,5 +58,5 @@ static std::vector<Tensor> indexer_logits(const Tensor& query, const Tensor& fol
 PD_BUILD_OP(dsa_indexer_logits)
     .Inputs({"query", "folded_weights", "index_cache", "block_table", "request_ids", "lengths"})
     .Outputs({"logits"})
-    .Attrs({"logits_width: int64_t", "num_threads: int64_t", "isa: int64_t"})
+    .Attrs({"logits_width: int64_t", "block_size: int64_t", "num_threads: int64_t", "isa: int64_t"})
     .SetKernelFn(PD_KERNEL(dsa::binding::indexer_logits));

@@ -6,6 +6,7 @@
 #include "dsa/index_key_write.h"
 #include "dsa/index_query_quant.h"
 #include "dsa/mla_cache_write.h"
+#include "index_cache.h"
 
 namespace dsa {
 namespace binding {

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import paddle
 from paddle import Tensor
 
-from cache_manager import CacheTensorSpec, ordered_keys
+from cache_manager import MAIN_POOL, CachePool, CacheTensorSpec, ordered_keys
 from fastdeploy_dsa.config import ModelConfig
 from fastdeploy_dsa.device import refusal
 from fastdeploy_dsa.ops import IndexSelection
@@ -63,6 +63,10 @@ class AttentionBackend(ABC):
             kv_cache_quant_type: Quantisation of the cache, as FastDeploy names it.
         """
 
+    def cache_pools(self) -> tuple[CachePool, ...]:
+        """The pools that specs name besides the main one, whose blocks have block_size tokens and keep all of them."""
+        return ()
+
     @abstractmethod
     def forward(
         self,
@@ -95,8 +99,17 @@ class AttentionBackend(ABC):
         cache_dtype: str | None = None,
         kv_cache_quant_type: str | None = None,
         layer_offset: int = 0,
+        window_blocks: Mapping[str, int] | None = None,
     ) -> dict[tuple[str, int], Tensor]:
         """Allocate the cache of layers layer_offset .. layer_offset + num_layers - 1, filled with zeros.
+
+        Args:
+            num_layers: Of these layers.
+            num_blocks: Of the main pool.
+            cache_dtype: As cache_spec.
+            kv_cache_quant_type: As cache_spec.
+            layer_offset: The first layer.
+            window_blocks: Blocks of each of cache_pools by name; None: there are no such pools.
 
         Returns:
             (role, absolute layer id) to tensor, ordered by layer and inside a layer as cache_spec declares.
@@ -104,13 +117,14 @@ class AttentionBackend(ABC):
         layer_ids = tuple(range(layer_offset, layer_offset + num_layers))
         specs = self.cache_spec(layer_ids, cache_dtype=cache_dtype, kv_cache_quant_type=kv_cache_quant_type)
         by_key = {(spec.role, layer): spec for spec in specs for layer in spec.layer_ids}
+        counts = {MAIN_POOL: num_blocks, **(window_blocks or {})}
 
         def zeros(spec: CacheTensorSpec) -> Tensor:
-            return paddle.zeros([num_blocks, *spec.block_shape], dtype=getattr(paddle, spec.dtype))
+            return paddle.zeros([counts[spec.pool], *spec.block_shape], dtype=getattr(paddle, spec.dtype))
 
         return {key: zeros(by_key[key]) for key in ordered_keys(specs)}
 
     def bytes_per_block(self, num_layers: int, layer_offset: int = 0) -> int:
-        """Bytes that one block of block_size tokens takes over these layers, all roles."""
+        """Bytes that one block of block_size tokens takes over these layers, all roles of the main pool."""
         specs = self.cache_spec(tuple(range(layer_offset, layer_offset + num_layers)))
-        return sum(spec.bytes_per_block_all_layers for spec in specs)
+        return sum(spec.bytes_per_block_all_layers for spec in specs if spec.pool == MAIN_POOL)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from fastdeploy_dsa.attention.backend import AttentionBackend
+from fastdeploy_dsa.attention.deepseek_v4.backend import DeepseekV4AttentionBackend
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.gqa import GQAAttentionBackend
 from fastdeploy_dsa.attention.mla import MLAAttentionBackend
-from fastdeploy_dsa.config import DsaConfig, ModelConfig
+from fastdeploy_dsa.cache_plan import compressed_sizes
+from fastdeploy_dsa.config import CompressedConfig, DsaConfig, ModelConfig
 from fastdeploy_dsa.device import CPU
 from fastdeploy_dsa.ops import CacheFormat, CpuOptions
 
-BACKENDS: tuple[type[AttentionBackend], ...] = (DSAAttentionBackend, MLAAttentionBackend, GQAAttentionBackend)
+BACKENDS: tuple[type[AttentionBackend], ...] = (
+    DeepseekV4AttentionBackend,
+    DSAAttentionBackend,
+    MLAAttentionBackend,
+    GQAAttentionBackend,
+)
 
 
 def select_backend(config: ModelConfig, device: str) -> type[AttentionBackend]:
@@ -49,6 +56,14 @@ def create_attention_backend(
         ValueError: No backend serves the model, or a size does not fit the format.
     """
     backend = select_backend(config, device)
+    if issubclass(backend, DeepseekV4AttentionBackend) and isinstance(config, CompressedConfig):
+        return backend(
+            sizes=compressed_sizes(config),
+            softmax_scale=config.softmax_scale,
+            cache_format=cache_dtype,
+            block_size=block_size,
+            cpu=cpu,
+        )
     if not (issubclass(backend, DSAAttentionBackend) and isinstance(config, DsaConfig)):
         raise ValueError(f"{config.architecture}: {backend.__name__} is made by its host framework")
     made = backend(

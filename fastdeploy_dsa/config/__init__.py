@@ -10,10 +10,11 @@ from fastdeploy_dsa.config.model_config import (
     MlaConfig,
     MlpType,
     ModelConfig,
+    RouterType,
 )
 from fastdeploy_dsa.config.rope import RopeConfig
 
-MODEL_TYPE_OF_ARCHITECTURE = {model.architecture: model.model_type for model in MODELS if model.family == "dsa"}
+MODEL_TYPE_OF_ARCHITECTURE = {model.architecture: model.model_type for model in MODELS if model.family != "mla"}
 """The models the engine can run."""
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "ModelConfig",
     "ModelName",
     "RopeConfig",
+    "RouterType",
     "UnsupportedConfigError",
 ]

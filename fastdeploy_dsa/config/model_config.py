@@ -13,6 +13,9 @@ from fastdeploy_dsa.index_schedule import IndexSchedule
 from fastdeploy_dsa.softmax_scale import SoftmaxScale
 
 MlpType = Literal["dense", "sparse"]
+RouterType = Literal["hash", "scores"]
+"""Experts by the token's id, experts by the token's scores."""
+
 LayerKind = Literal["mla", "dsa", "swa", "c4a", "c128a"]
 """Latent attention to everything, latent attention to a selection, a window of tokens, a window and a selection of
 entries that stand for 4 tokens each, a window and all entries that stand for 128 tokens each."""
@@ -115,7 +118,8 @@ class ModelConfig:
 
         config = read_config(path_or_dict, overrides)
         if not isinstance(config, cls):
-            raise UnsupportedConfigError(f"{config.architecture}: {config.generation_obstacle}")
+            reason = config.generation_obstacle or f"expected a model of {cls.__name__}, got {type(config).__name__}"
+            raise UnsupportedConfigError(f"{config.architecture}: {reason}")
         return config
 
     def _require_at_most(self, name: str, bound_name: str, bound: int) -> None:
@@ -212,15 +216,18 @@ class DsaConfig(MlaConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedConfig(ModelConfig):
-    """A window of tokens and compressed entries: DeepSeek-V4. Feed-forward layers and streams are not read.
+    """A window of tokens and compressed entries: DeepSeek-V4, complete for the engine.
 
     Attributes:
         layer_kinds: One per backbone layer; draft layers see the window only.
         main_rope: Rotation of window-only layers.
         compress_rope: Rotation of everything in layers with compressed entries, their window rows included.
+        router_types: One per backbone layer; draft layers choose by scores.
+        swiglu_limit: Bound of what the routed experts' gate is made from; 0: there is none.
+        hc_mult: Residual streams.
+        hc_sinkhorn_iters: Rounds that make the streams' mixing doubly stochastic.
+        weight_block_size: Rows and columns that share a scale in an fp8 checkpoint.
     """
-
-    generation_obstacle: ClassVar[str] = "models with compressed entries cannot generate yet"
 
     head_dim: int
     o_groups: int
@@ -229,11 +236,24 @@ class CompressedConfig(ModelConfig):
     layer_kinds: tuple[LayerKind, ...]
     main_rope: RopeConfig
     compress_rope: RopeConfig
+    moe_intermediate_size: int
+    router_types: tuple[RouterType, ...]
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    swiglu_limit: float
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    weight_block_size: tuple[int, int] | None
 
     def __post_init__(self) -> None:
-        """As ModelConfig, and the head's parts."""
+        """As ModelConfig, the head's parts and the experts."""
         super().__post_init__()
         self._require_at_most("qk_rope_head_dim", "head_dim", self.head_dim)
+        self._require_at_most("num_experts_per_tok", "n_routed_experts", self.n_routed_experts)
         if self.num_attention_heads % self.o_groups:
             raise ConfigError(
                 f"num_attention_heads: expected a multiple of o_groups {self.o_groups}, got {self.num_attention_heads}"
@@ -241,3 +261,15 @@ class CompressedConfig(ModelConfig):
 
     def layer_kind(self, layer: int) -> LayerKind:
         return self.layer_kinds[layer] if layer < self.num_hidden_layers else "swa"
+
+    def ratio(self, layer: int) -> int:
+        """Tokens that an entry of the layer stands for; 1: it has none."""
+        return RATIO_OF_KIND[self.layer_kind(layer)]
+
+    def owns_indexer(self, layer: int) -> bool:
+        """Whether a layer selects entries by itself."""
+        return self.layer_kind(layer) == "c4a" and self.index_schedule.is_full(layer)
+
+    def router_type(self, layer: int) -> RouterType:
+        """How a backbone or draft layer chooses its experts."""
+        return self.router_types[layer] if layer < self.num_hidden_layers else "scores"

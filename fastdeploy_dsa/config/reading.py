@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from fastdeploy_dsa.config.compressed_experts import read_compressed_experts
 from fastdeploy_dsa.config.compressed_layers import read_layer_kinds
 from fastdeploy_dsa.config.families import recognise
 from fastdeploy_dsa.config.keys import (
@@ -26,7 +27,7 @@ from fastdeploy_dsa.config.model_config import CompressedConfig, DsaConfig, MlaC
 from fastdeploy_dsa.config.rope import read_rope, read_rope_pair
 from fastdeploy_dsa.index_pattern import pattern_doubts
 from fastdeploy_dsa.index_schedule import IndexSchedule, IndexScheduleError, resolve_index_schedule
-from fastdeploy_dsa.softmax_scale import resolve_softmax_scale
+from fastdeploy_dsa.softmax_scale import SoftmaxScale, compressed_softmax_scale, resolve_softmax_scale
 from fastdeploy_dsa.strict_json import read_json_object, require_shallow
 from fastdeploy_dsa.wording import nearest, shown
 
@@ -56,7 +57,7 @@ _FIXED_FEED_FORWARD_KEYS: Mapping[str, object] = {
 }
 _FIXED_QUANTIZATION_KEYS: Mapping[str, object] = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
 # A tensor's dtype says how it is stored, and what is stored as fp8 is always dequantized.
-_QUANTIZATION_KEYS_WITHOUT_EFFECT = ("modules_to_not_convert", "dequantize")
+_QUANTIZATION_KEYS_WITHOUT_EFFECT = ("modules_to_not_convert", "dequantize", "expert_dtype")
 _ENVELOPE_KEYS = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 
 _INDEXER_KEYS = (
@@ -68,7 +69,7 @@ _UNREAD_KEYS = (
     *("hidden_act", "intermediate_size", "moe_intermediate_size", "first_k_dense_replace", "mlp_layer_types"),
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob"),
     *("routed_scaling_factor", "scoring_func", "topk_method", "moe_layer_freq", "quantization_config"),
-    *("num_key_value_heads", "head_dim", "swiglu_limit", "num_hash_layers", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
+    *("num_key_value_heads", "head_dim"),
 )
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def _config_of(content: Mapping[str, Any], generation: Mapping[str, Any], overri
     common["eos_token_ids"] = _eos_token_ids(keys, {} if "eos_token_id" in overrides else generation)
     reader = {"mla": _mla_config, "dsa": _dsa_config, "compressed": _compressed_config}[model.family]
     config = reader(keys, common)
-    keys.asked.update(() if model.family == "dsa" else _UNREAD_KEYS)
+    keys.asked.update(_UNREAD_KEYS if model.family == "mla" else ())
     _require_known(overrides, keys.asked)
     for warning in config.warnings:
         logger.warning("config: %s", warning)
@@ -136,9 +137,10 @@ def _config_of(content: Mapping[str, Any], generation: Mapping[str, Any], overri
     return config
 
 
-def _common_fields(keys: ConfigKeys, schedule: IndexSchedule, warnings: tuple[str, ...]) -> dict[str, Any]:
+def _common_fields(
+    keys: ConfigKeys, schedule: IndexSchedule, warnings: tuple[str, ...], scale: SoftmaxScale
+) -> dict[str, Any]:
     """The fields of ModelConfig that are read in one way, whatever the attention; not those of the indexer."""
-    scale = resolve_softmax_scale(keys)
     return {
         "vocab_size": keys.integer("vocab_size", MAX_VOCAB_SIZE),
         "hidden_size": keys.integer("hidden_size"),
@@ -179,7 +181,7 @@ def _mla_config(keys: ConfigKeys, named: Mapping[str, Any]) -> MlaConfig:
     rope, warnings = read_rope(keys)
     return MlaConfig(
         **named,
-        **_common_fields(keys, IndexSchedule(""), warnings),
+        **_common_fields(keys, IndexSchedule(""), warnings, resolve_softmax_scale(keys)),
         **_latent_fields(keys),
         **_NO_INDEXER,
         q_lora_rank=keys.integer("q_lora_rank", minimum=0, default=0),
@@ -191,7 +193,7 @@ def _dsa_config(keys: ConfigKeys, named: Mapping[str, Any]) -> DsaConfig:
     keys.require_fixed(_FIXED_FEED_FORWARD_KEYS)
     num_layers = keys.integer("num_hidden_layers", MAX_LAYERS)
     schedule = resolve_index_schedule(keys, num_layers)
-    common = _common_fields(keys, schedule, ())
+    common = _common_fields(keys, schedule, (), resolve_softmax_scale(keys))
     rope, rope_warnings = read_rope(keys)
     common["warnings"] += rope_warnings
     n_routed_experts = keys.integer("n_routed_experts", MAX_EXPERTS, minimum=0, default=0)
@@ -231,7 +233,7 @@ def _compressed_config(keys: ConfigKeys, named: Mapping[str, Any]) -> Compressed
     kinds = read_layer_kinds(keys, keys.integer("num_hidden_layers", MAX_LAYERS))
     selecting = tuple(layer for layer, kind in enumerate(kinds) if kind == "c4a")
     schedule = resolve_index_schedule(keys, len(kinds), layer_ids=selecting)
-    common = _common_fields(keys, schedule, ())
+    common = _common_fields(keys, schedule, (), compressed_softmax_scale(keys))
     main_rope, compress_rope, rope_warnings = read_rope_pair(keys)
     common["warnings"] += rope_warnings
     config = CompressedConfig(
@@ -246,6 +248,8 @@ def _compressed_config(keys: ConfigKeys, named: Mapping[str, Any]) -> Compressed
         layer_kinds=kinds,
         main_rope=main_rope,
         compress_rope=compress_rope,
+        weight_block_size=_weight_block_size(keys),
+        **read_compressed_experts(keys, len(kinds)),
     )
     return replace(config, warnings=(*config.warnings, *_pattern_warnings(keys, config)))
 

@@ -44,6 +44,13 @@ class EngineCacheStats:
             f"{written_bytes(moved['device_to_device'])} inside the device",
             "failed copies": f"{self.num_failed_copies}",
         }
+        for pool, blocks in cache.windows.items():
+            rows[f"{pool} blocks"] = _written_blocks(blocks)
+        if cache.windows:
+            rows["snapshots"] = (
+                f"{cache.num_snapshots} on the device, {cache.num_host_snapshots} on the host, "
+                f"{cache.num_evicted_snapshots} evicted; {cache.num_unusable_tokens} cached tokens computed again"
+            )
         width = max(map(len, rows))
         return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
 

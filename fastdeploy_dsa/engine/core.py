@@ -64,7 +64,7 @@ class EngineCore:
         cache: CacheManager,
         limits: SchedulerLimits,
         eos_token_ids: tuple[int, ...],
-        bytes_per_block: int,
+        swap_cost: SwapCost,
         proposer: Proposer | None = None,
         checks_integrity: bool = False,
     ) -> None:
@@ -75,13 +75,13 @@ class EngineCore:
             cache: The cache's blocks.
             limits: Of a step and of a request.
             eos_token_ids: The model's end tokens.
-            bytes_per_block: Of the cache, over all its tensors.
+            swap_cost: Decides whether a request that gives way goes to the host.
             proposer: Drafts for the requests; None: nobody does.
             checks_integrity: Whether every step ends with a check of all blocks.
         """
         self._runner = runner
         self._cache = cache
-        self._swap_cost = SwapCost(bytes_per_block)
+        self._swap_cost = swap_cost
         self._proposer = proposer
         self._checks_integrity = checks_integrity
         self._block_size = limits.block_size
@@ -135,7 +135,7 @@ class EngineCore:
         for chunk in chunks:
             if chunk.request.num_cached_tokens is None:
                 chunk.request.num_cached_tokens = chunk.request.num_computed
-        inputs = StepInputs.from_chunks(chunks, self.scheduler.block_table, self._block_size)
+        inputs = StepInputs.from_chunks(chunks, self.scheduler.tables, self._block_size)
         scheduled = perf_counter()
         try:
             outputs = self._runner.run(inputs, before_layer=self._cache.wait_for_layer)
@@ -154,7 +154,7 @@ class EngineCore:
         detokenized = perf_counter()
         try:
             if self._proposer is not None:
-                self._proposer.propose(chunks, outputs.hidden, self.scheduler.block_table)
+                self._proposer.propose(chunks, outputs.hidden, self.scheduler.tables)
         finally:
             drafted = perf_counter()
             self.scheduler.commit(chunks)

@@ -6,9 +6,10 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from paddle import Tensor
 
 from fastdeploy_dsa.device import CPU
@@ -127,22 +128,25 @@ class DecodeGraphs:
             hidden = self._forward(step)
             self._capture(num_rows, step)
             return hidden[:rows]
-        for name in _PERSISTENT:
-            getattr(captured.step, name).copy_(getattr(step, name), False)
+        kept: list[Any] = [getattr(captured.step, name) for name in _PERSISTENT]
+        fresh: list[Any] = [getattr(step, name) for name in _PERSISTENT]
+        kept += captured.step.window_tables.values()
+        fresh += step.window_tables.values()
+        for tensor, content in zip(kept, fresh, strict=True):
+            tensor.copy_(content, False)
         captured.graph.replay()
         return captured.hidden[:rows]
 
     def _build(self, inputs: StepInputs, num_rows: int) -> StepMetadata:
         """The step with the sizes of its graph; what no request uses has length 0 and slot -1."""
-        block_table = np.full((num_rows, self._limits.max_blocks), -1, np.int32)
-        lines, width = inputs.block_table.shape
-        block_table[:lines, :width] = inputs.block_table
+        windows = inputs.window_tables
         step = StepMetadata.build(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
             request_ids=inputs.request_ids,
-            block_table=block_table,
+            block_table=_filled_up(inputs.block_table, num_rows, self._limits.max_blocks),
             block_size=self._limits.block_size,
+            window_tables={pool: _filled_up(table, num_rows, table.shape[1]) for pool, table in windows.items()},
         )
         # The rows that fill up count, because a graph cannot leave them out.
         return replace(step, num_tokens=step.num_rows, max_length=self._limits.max_model_len)
@@ -160,6 +164,13 @@ class DecodeGraphs:
             _LOGGER.warning("decode steps are not captured: %s", error)
             return
         self._captured[num_rows] = _Captured(graph, step, hidden)
+
+
+def _filled_up(table: npt.NDArray[np.int32], num_lines: int, width: int) -> npt.NDArray[np.int32]:
+    """A block table with more lines and entries, -1."""
+    filled = np.full((num_lines, width), -1, np.int32)
+    filled[: table.shape[0], : table.shape[1]] = table
+    return filled
 
 
 def _reset(captured: dict[int, _Captured]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cache_manager import CacheManager
 from fastdeploy_dsa.byte_sizes import read_bytes
+from fastdeploy_dsa.cache_plan import DEFAULT_STEP_TOKENS, check_block_size, default_block_size
 from fastdeploy_dsa.device import CPU, use_device
 from fastdeploy_dsa.engine.cache_stats import EngineCacheStats
 from fastdeploy_dsa.engine.core import EngineCore, TimeSplit
@@ -25,6 +26,7 @@ from fastdeploy_dsa.engine.speculative.config import read_speculative_config
 from fastdeploy_dsa.engine.speculative.proposer import Proposer
 from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
 from fastdeploy_dsa.engine.step_plan import SchedulerLimits
+from fastdeploy_dsa.engine.swap_cost import SwapCost
 from fastdeploy_dsa.engine.tokenizer import Tokenizer, load_tokenizer
 from fastdeploy_dsa.engine.validation import require_bool, require_int
 
@@ -49,12 +51,12 @@ class LLM:
         device: str = CPU,
         cache_dtype: str = "auto",
         max_model_len: int | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         num_blocks: int | None = None,
         cache_memory: int | str = "1GiB",
         enable_prefix_caching: bool = True,
         swap_space: int | str = 0,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
         max_num_seqs: int | None = None,
         num_threads: int = 0,
         seed: int = 0,
@@ -70,10 +72,12 @@ class LLM:
             device: Paddle's name of the device that computes, such as "cpu" or "gpu:0"; for the whole process.
             cache_dtype: "float32", "bfloat16" or "fp8"; "auto" is float32 on the CPU and fp8 on a GPU.
             max_model_len: Tokens of a request, prompt and continuation; None: the model's max_position_embeddings.
-            block_size: Tokens of a cache block.
+            block_size: Tokens of a cache block; None: 64, or 256 for a model with compressed entries, which needs a
+                multiple of its largest compression ratio.
             num_blocks: Blocks of the cache; None: enough for max_num_seqs requests of max_model_len tokens, as far as
-                cache_memory goes.
-            cache_memory: Bytes that the cache may take if num_blocks is None; an int or text such as "512MiB".
+                cache_memory goes. What a model keeps of each request's last tokens comes in addition.
+            cache_memory: Bytes that the cache may take if num_blocks is None, all of it; an int or text such as
+                "512MiB".
             enable_prefix_caching: Whether tokens at the beginning of a prompt that the cache still has from other
                 requests are not computed again.
             swap_space: Bytes of host memory, an int or text such as "4GiB", for blocks that leave the cache: requests
@@ -112,11 +116,14 @@ class LLM:
         budget = require_int("max_num_batched_tokens", max_num_batched_tokens, low=1)
         if max_num_seqs is None:
             max_num_seqs = max(1, min(_DEFAULT_MAX_NUM_SEQS, budget // (1 + num_drafts)))
+        if block_size is None:
+            block_size = default_block_size(self.config)
+        check_block_size(self.config, require_int("block_size", block_size, low=1))
         limits = SchedulerLimits(
             max_num_batched_tokens=budget,
             max_num_seqs=require_int("max_num_seqs", max_num_seqs, low=1),
             max_model_len=longest,
-            block_size=require_int("block_size", block_size, low=1),
+            block_size=block_size,
             num_speculative_tokens=num_drafts,
         )
         options = CacheOptions(
@@ -128,6 +135,7 @@ class LLM:
             memory_bytes=cache_bytes,
             wanted_blocks=limits.max_num_seqs * limits.num_blocks(limits.max_model_len),
             host_bytes=host_bytes,
+            room=limits.window_room(has_snapshots=is_prefix_cached),
         )
         self._tokenizer, reason = load_tokenizer(folder)
         self._reader = PromptReader(
@@ -160,7 +168,7 @@ class LLM:
             cache=self._cache,
             limits=limits,
             eos_token_ids=self.config.eos_token_ids,
-            bytes_per_block=loaded.cache_controller.bytes_per_block,
+            swap_cost=SwapCost.of(loaded.cache_controller),
             proposer=self._proposer,
             checks_integrity=require_bool("check_integrity", check_integrity),
         )

@@ -22,7 +22,7 @@ class StepOutputs(NamedTuple):
 
     Attributes:
         logits: [R, vocab_size] float32 of the wanted rows; empty if there are none.
-        hidden: Hidden states of all rows, after the final norm, for a draft model; the runner's own tensor.
+        hidden: Hidden states of all rows as the model hands them over, for a draft model; the runner's own tensor.
     """
 
     logits: npt.NDArray[np.float32]
@@ -54,7 +54,7 @@ class CausalLM(Protocol):
         before_layer: Callable[[int], None] | None = None,
         on_selection: Callable[[int, IndexSelection], None] | None = None,
     ) -> Tensor:
-        """Final-normed hidden states of the step's tokens."""
+        """Hidden states of the step's tokens: what `compute_logits` and a draft model of the same family take."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of rows of hidden states."""

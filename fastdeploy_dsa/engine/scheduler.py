@@ -11,6 +11,9 @@ decode rows can find the cache full. Then the youngest running request gives way
 and that is cheaper (swap_cost.py), else its blocks are given up and its tokens are computed again later. A request
 whose prefix a running one is just computing waits for it: the tokens are computed once.
 
+In window pools a request gets blocks for every step. They are large enough for all that run, unless a load that nobody
+waits for any more holds some: a prefill for which there are none gets on in a later step.
+
 Why everything ends: the oldest running request never gives way unless it is alone, and alone every request fits, which
 was checked when it came; and every step computes a token of it, or takes back a load from the host that has failed,
 after which the tokens of that load are computed.
@@ -34,7 +37,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from cache_manager import (
     BlockTable,
@@ -45,7 +47,9 @@ from cache_manager import (
     TransferTimeout,
     WrongState,
 )
-from fastdeploy_dsa.engine.request import Request, SlotLine
+from fastdeploy_dsa.engine.request import Request
+from fastdeploy_dsa.engine.request_lines import RequestLines
+from fastdeploy_dsa.engine.step_inputs import BlockTables
 from fastdeploy_dsa.engine.step_plan import Chunk, SchedulerLimits
 from fastdeploy_dsa.engine.swap_cost import SwapCost
 
@@ -73,7 +77,6 @@ class Scheduler:
     """Owns the waiting and the running requests and the block table.
 
     Attributes:
-        block_table: [max_num_seqs, blocks of max_model_len] int32, blocks by request line; -1 where unused.
         counts: See SchedulerCounts.
     """
 
@@ -84,16 +87,30 @@ class Scheduler:
             limits: See SchedulerLimits.
             cache: The blocks; the scheduler is their only user.
             swap_cost: Decides whether a request that gives way goes to the host.
+
+        Raises:
+            ValueError: A window pool is too small for max_num_seqs requests.
         """
         self._limits = limits
         self._cache = cache
         self._swap_cost = swap_cost
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._free_lines = [SlotLine(line) for line in range(limits.max_num_seqs - 1, -1, -1)]
-        shape = (limits.max_num_seqs, limits.num_blocks(limits.max_model_len))
-        self.block_table: npt.NDArray[np.int32] = np.full(shape, -1, np.int32)
+        self._lines = RequestLines(limits, cache.pools)
+        self._has_windows = bool(cache.pools)
+        room = limits.window_room(has_snapshots=False)
+        for pool in cache.pools:
+            if cache.num_window_blocks[pool.name] < room.needed(pool):
+                raise ValueError(
+                    f"window_blocks: expected {room.needed(pool)} or more of pool {pool.name} for "
+                    f"{limits.max_num_seqs} requests, got {cache.num_window_blocks[pool.name]}"
+                )
         self.counts = SchedulerCounts()
+
+    @property
+    def tables(self) -> BlockTables:
+        """Blocks by request line, for the chunks that `schedule` returned."""
+        return self._lines.tables
 
     @property
     def num_running(self) -> int:
@@ -152,10 +169,11 @@ class Scheduler:
                 num_computed=num_computed,
                 num_complete=num_computed - request.num_undrafted,
             )
-            self._write_line(request, changed)
-            if chunk.is_last and len(request.blocks) > self._limits.num_blocks(num_computed):
+            self._lines.write_main(request, changed)
+            has_more = len(request.blocks) > self._limits.num_blocks(num_computed) or self._has_windows
+            if chunk.is_last and has_more:
                 self._cache.truncate(request.table, num_computed)
-                self.block_table[request.line, len(request.blocks) :] = -1
+                self._lines.cut_main(request)
 
     def recover(self) -> bool:
         """Take back what running requests were to get from loads that have failed; they compute it instead.
@@ -169,7 +187,7 @@ class Scheduler:
             assert request.table is not None, "a running request has a table"
             if not request.table.is_on_device:  # it was to come back as a whole
                 self._running.remove(request)
-                self._leave_line(request)
+                self._lines.leave(request)
                 self._close(request)
                 insort(self._waiting, request, key=_age)
         return bool(failed)
@@ -178,7 +196,7 @@ class Scheduler:
         """Forget a request, finished or not; its full blocks stay cached."""
         if request.line is not None:
             self._running.remove(request)
-            self._leave_line(request)
+            self._lines.leave(request)
         else:
             self._waiting.remove(request)
         self._close(request)
@@ -186,19 +204,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that every block is accounted for, and that the block table says what the requests hold."""
         self._cache.check_integrity()
-        assert len(self._running) + len(self._free_lines) == self._limits.max_num_seqs, "a line is lost"
-        used = 0
+        self._lines.check_integrity(self._running)
         for request in self._running:
-            assert request.line is not None, "a running request has no line"
-            assert request.table is not None, "a running request has no table"
             assert request.num_computed < request.num_tokens, "a running request has nothing to compute"
-            blocks = self.block_table[request.line]
-            blocks = blocks[blocks >= 0]
-            # After a failed load the two differ until `recover`.
-            is_equal = blocks.tolist() == request.blocks or request.table.failure is not None
-            assert is_equal, "the block table differs from the request"
-            used += len(blocks)
-        assert int((self.block_table >= 0).sum()) == used, "the block table has entries without a request"
         assert not any(request.blocks for request in self._waiting), "a waiting request holds blocks on the device"
         tables = [request.table for request in (*self._running, *self._waiting) if request.table is not None]
         assert len(tables) == self._cache.stats().num_tables, "a table has no request"
@@ -216,8 +224,7 @@ class Scheduler:
             budget = self._append(chunks, admitted, budget)
         return chunks
 
-    @staticmethod
-    def _append(chunks: list[Chunk], request: Request, budget: int) -> int:
+    def _append(self, chunks: list[Chunk], request: Request, budget: int) -> int:
         """Schedule as much of a request as the budget allows; its newest token only with all its drafts.
 
         Returns:
@@ -225,19 +232,38 @@ class Scheduler:
         """
         num_left, num_drafts = request.num_tokens - request.num_computed, len(request.drafts)
         if num_left + num_drafts <= budget:
-            chunks.append(Chunk(request, num_left, num_drafts, is_last=True))
+            chunk = Chunk(request, num_left, num_drafts, is_last=True)
         elif (num_tokens := min(num_left - 1, budget)) > 0:
-            chunks.append(Chunk(request, num_tokens, 0, is_last=False))
+            chunk = Chunk(request, num_tokens, 0, is_last=False)
         else:
             return budget
-        return budget - chunks[-1].num_rows
+        if self._has_windows and not self._extend_windows(chunk):
+            return budget
+        chunks.append(chunk)
+        return budget - chunk.num_rows
+
+    def _extend_windows(self, chunk: Chunk) -> bool:
+        """Whether a request has blocks for a prefill chunk in window pools now, as it has in the main one."""
+        request = chunk.request
+        assert request.table is not None, "a running request has a table"
+        num_tokens = request.num_computed + chunk.num_tokens
+        if chunk.is_last:
+            num_tokens = self._limits.num_tokens_to_hold(request)
+        try:
+            changed = self._cache.extend(request.table, num_tokens)
+        except (OutOfBlocks, WrongState):
+            return False
+        self._lines.write(request, changed)
+        return True
 
     def _waits_for_copies(self, chunks: list[Chunk]) -> bool:
         """Whether nothing could be chosen because of blocks that loads of requests that are gone still hold."""
-        if chunks or not self._waiting:
+        if chunks or not (self._waiting or self._running):
             return False
         self._cache.drain()
-        assert self._cache.num_available == self._cache.num_blocks, "nothing runs and blocks are missing"
+        assert self._running or self._cache.num_available == self._cache.num_blocks, (
+            "nothing runs and blocks are missing"
+        )
         return True
 
     def _decode_requests(self) -> list[Request]:
@@ -262,11 +288,11 @@ class Scheduler:
             except WrongState:
                 return False
             else:
-                self._write_line(request, changed)
+                self._lines.write(request, changed)
                 return True
 
     def _preempt(self, request: Request) -> None:
-        self._leave_line(request)
+        self._lines.leave(request)
         request.num_preemptions += 1
         self.counts.num_preemptions += 1
         if not self._swap_out(request):
@@ -293,7 +319,7 @@ class Scheduler:
 
     def _can_admit(self) -> bool:
         """Blocks are left for the next step of running requests: one that gives way at once only wastes its work."""
-        if not self._waiting or not self._free_lines:
+        if not self._waiting or not self._lines.num_free:
             return False
         request = self._waiting[0]
         num_tokens = self._limits.num_tokens_to_hold(request)
@@ -316,6 +342,8 @@ class Scheduler:
                 continue
             differences = np.flatnonzero(request.tokens[:length] != other.tokens[:length])
             common = int(differences[0]) if len(differences) else length
+            if self._has_windows:  # the last token is computed, and requests start at boundaries of blocks
+                common = min(common, request.num_tokens - 1)
             common -= common % self._limits.block_size
             if other.num_computed < common and min(common, request.num_tokens - 1) > num_hits:
                 return True
@@ -332,9 +360,8 @@ class Scheduler:
         except OutOfBlocks:
             return None
         self._waiting.popleft()
-        request.line = self._free_lines.pop()
+        self._lines.enter(request)
         insort(self._running, request, key=_age)
-        self._write_line(request, 0)
         return request
 
     def _open(self, request: Request) -> BlockTable:
@@ -345,18 +372,6 @@ class Scheduler:
             # Only the last block of a prompt that is cached as a whole is copied; without it there is nothing to copy.
             last = (len(tokens) - 1) // self._limits.block_size * self._limits.block_size
             return self._cache.open(tokens[: last + 1], num_tokens=num_tokens)
-
-    def _write_line(self, request: Request, first: int) -> None:
-        """Take over the table's blocks from index first on."""
-        changed = request.blocks[first:]
-        if changed:
-            self.block_table[request.line, first : first + len(changed)] = changed
-
-    def _leave_line(self, request: Request) -> None:
-        assert request.line is not None, "only a running request has a line"
-        self.block_table[request.line] = -1
-        self._free_lines.append(request.line)
-        request.line = None
 
     def _close(self, request: Request) -> None:
         if request.table is not None:

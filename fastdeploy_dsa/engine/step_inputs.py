@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,24 @@ import numpy.typing as npt
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.step_plan import Chunk
 from fastdeploy_dsa.step import StepMetadata
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """Where requests have their tokens.
+
+    Attributes:
+        main: [lines, width] int32, blocks of all tokens in order of position; -1 where unused.
+        windows: Pool name to [lines, width] int32, blocks of the last tokens, as rings; see StepMetadata.
+    """
+
+    main: npt.NDArray[np.int32]
+    windows: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+
+    def of(self, requests: Sequence[Request]) -> BlockTables:
+        """The lines of running requests, in their order."""
+        lines = np.array([request.line for request in requests], np.int64)
+        return BlockTables(self.main[lines], {pool: table[lines] for pool, table in self.windows.items()})
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,7 @@ class StepInputs:
         request_ids: [T] int32, line of block_table.
         block_table: [num_requests, width] int32.
         logits_rows: [R] int64, the rows whose logits are wanted, ascending.
+        window_tables: Pool name to [num_requests, width] int32; see StepMetadata.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -31,14 +50,15 @@ class StepInputs:
     request_ids: npt.NDArray[np.int32]
     block_table: npt.NDArray[np.int32]
     logits_rows: npt.NDArray[np.int64]
+    window_tables: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
 
     @classmethod
-    def from_chunks(cls, chunks: Sequence[Chunk], block_table: npt.NDArray[np.int32], block_size: int) -> StepInputs:
+    def from_chunks(cls, chunks: Sequence[Chunk], tables: BlockTables, block_size: int) -> StepInputs:
         """Rows of scheduled chunks, in their order; logits behind the newest token of requests and behind each draft.
 
         Args:
             chunks: At least one.
-            block_table: The scheduler's.
+            tables: The scheduler's.
             block_size: Tokens of a block.
         """
         counts = np.array([chunk.num_rows for chunk in chunks], np.int64)
@@ -57,7 +77,7 @@ class StepInputs:
             token_ids=np.concatenate(pieces),
             positions=np.repeat(starts, counts) + offsets,
             request_ids=np.repeat(np.arange(len(chunks)), counts),
-            block_table=lines_of([chunk.request for chunk in chunks], block_table),
+            tables=tables.of([chunk.request for chunk in chunks]),
             logits_rows=np.array(wanted, np.int64),
             block_size=block_size,
         )
@@ -69,7 +89,7 @@ class StepInputs:
         token_ids: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         request_ids: npt.NDArray[np.int64],
-        block_table: npt.NDArray[np.int32],
+        tables: BlockTables,
         logits_rows: npt.NDArray[np.int64],
         block_size: int,
     ) -> StepInputs:
@@ -79,8 +99,9 @@ class StepInputs:
             token_ids=token_ids,
             positions=positions.astype(np.int32),
             request_ids=request_ids.astype(np.int32),
-            block_table=block_table[:, :width],
+            block_table=tables.main[:, :width],
             logits_rows=logits_rows,
+            window_tables=tables.windows,
         )
 
     def only(self, rows: npt.NDArray[np.int64]) -> StepInputs:
@@ -101,9 +122,5 @@ class StepInputs:
             request_ids=self.request_ids,
             block_table=self.block_table,
             block_size=block_size,
+            window_tables=self.window_tables,
         )
-
-
-def lines_of(requests: Sequence[Request], block_table: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The running requests' lines of the scheduler's block table, in their order."""
-    return block_table[np.array([request.line for request in requests], np.int64)]

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cache_manager import WindowRoom
 from fastdeploy_dsa.engine.request import Request
+
+MAX_UNDRAFTED = 32
+"""Tokens of a request at most that the target has computed and the draft model has not, between steps."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,32 @@ class SchedulerLimits:
         the next ones: all but the last of them, behind what the target computes. No token that the request can never
         feed to a model is among them, so drafts need no block that it would not need anyway in the end.
         """
-        num_tokens = request.num_tokens + len(request.drafts) + max(0, self.num_speculative_tokens - 1)
+        num_tokens = request.num_tokens + len(request.drafts) + self.num_ahead_tokens
         return min(num_tokens, request.max_cached_tokens)
+
+    @property
+    def num_ahead_tokens(self) -> int:
+        """Positions behind the rows of a step that the draft model writes."""
+        return max(0, self.num_speculative_tokens - 1)
+
+    @property
+    def num_lag_tokens(self) -> int:
+        """Computed positions of a request, newest ones, that the draft model has not written for good."""
+        return MAX_UNDRAFTED if self.num_speculative_tokens else 0
+
+    @property
+    def num_ring_tokens(self) -> int:
+        """Positions of one request behind those that are complete, up to the last one that a step writes."""
+        return self.num_lag_tokens + self.max_num_batched_tokens + self.num_ahead_tokens
+
+    def window_room(self, *, has_snapshots: bool) -> WindowRoom:
+        """What requests hold in the cache's window pools."""
+        return WindowRoom(
+            num_requests=self.max_num_seqs,
+            num_step_tokens=self.max_num_batched_tokens + self.max_num_seqs * self.num_ahead_tokens,
+            num_lag_tokens=self.num_lag_tokens,
+            has_snapshots=has_snapshots,
+        )
 
     @property
     def num_growth_blocks(self) -> int:

@@ -12,16 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from cache_manager import WindowRoom
+from fastdeploy_dsa.cache_plan import default_block_size
 from fastdeploy_dsa.device import CPU, use_device
-from fastdeploy_dsa.engine.loading import CacheOptions, load_runner, read_cache_dtype, read_model_config
+from fastdeploy_dsa.engine.loading import CacheOptions, LoadedModel, load_runner, read_cache_dtype, read_model_config
 from fastdeploy_dsa.engine.prompts import check_token_ids
-from fastdeploy_dsa.engine.runner import ModelRunner
 from fastdeploy_dsa.engine.sampler import NonFiniteLogitsError
 from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.engine.validation import require_int
 from fastdeploy_dsa.ops import IndexSelection
-
-_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,12 @@ class Trace:
 class _Tracer:
     """Feeds one request's tokens in order and collects what the layers selected."""
 
-    def __init__(self, runner: ModelRunner, num_blocks: int) -> None:
-        self._runner = runner
-        self._block_table = np.arange(num_blocks, dtype=np.int32)[None]
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Give the request all blocks: no window moves on."""
+        self._runner = loaded.runner
+        self._block_table = _all_blocks(loaded.num_blocks)
+        counts = loaded.cache_controller.window_blocks
+        self._window_tables = {pool: _all_blocks(count) for pool, count in counts.items()}
         self._selected: dict[int, list[npt.NDArray[np.int32]]] = {}
         self._num_fed = 0
 
@@ -80,6 +82,7 @@ class _Tracer:
             request_ids=np.zeros(count, np.int32),
             block_table=self._block_table,
             logits_rows=np.arange(count),
+            window_tables=self._window_tables,
         )
         logits = self._runner.run(inputs, on_selection=self._collect).logits
         finite = np.isfinite(logits).all(axis=1)
@@ -94,6 +97,10 @@ class _Tracer:
 
     def _collect(self, layer: int, selection: IndexSelection) -> None:
         self._selected.setdefault(layer, []).append(selection.positions.numpy())
+
+
+def _all_blocks(num_blocks: int) -> npt.NDArray[np.int32]:
+    return np.arange(num_blocks, dtype=np.int32)[None]
 
 
 def trace(
@@ -138,16 +145,17 @@ def trace(
             f"token_ids: expected at most max_position_embeddings ({config.max_position_embeddings}) "
             f"tokens and steps, got {len(prompt)} + {steps}"
         )
-    num_blocks = -(-length // _BLOCK_SIZE)
+    block_size = default_block_size(config)
     options = CacheOptions(
         cache_dtype=cache_format,
-        block_size=_BLOCK_SIZE,
+        block_size=block_size,
         num_threads=require_int("num_threads", num_threads, low=0),
         device=device,
-        num_blocks=num_blocks,
+        num_blocks=-(-length // block_size),
+        room=WindowRoom(num_requests=1, num_step_tokens=length, has_snapshots=False),
     )
     loaded = load_runner(folder, config=config, options=options, progress=progress)
-    tracer = _Tracer(loaded.runner, num_blocks)
+    tracer = _Tracer(loaded)
     chunk = chunk or len(prompt)
     pieces = [tracer.feed(prompt[begin : begin + chunk]) for begin in range(0, len(prompt), chunk)]
     prompt_logits = np.concatenate(pieces)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,11 @@ INDEX_FILE = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 
 _FP8 = "F8_E4M3"
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", _FP8: "u1"}  # bf16 and fp8 as their bits
+_FP4 = "I8"  # two numbers a byte: safetensors has no name for them
+_POWERS = "F8_E8M0"
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", _FP8: "u1", _FP4: "u1", _POWERS: "u1"}  # small as bits
+_INTEGERS = {"I64": "<i8", "I32": "<i4"}
+_FP4_BLOCK = (1, 32)  # rows and columns that share a scale
 _NAMES_SHOWN = 5
 
 logger = logging.getLogger(__name__)
@@ -47,9 +52,15 @@ class _StoredTensor:
     start: int
     stop: int
 
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        is_packed = self.dtype == _FP4 and self.shape
+        return (*self.shape[:-1], 2 * self.shape[-1]) if is_packed else self.shape
+
     def require_shape(self, expected: tuple[int, ...]) -> None:
-        if self.shape != expected:
-            raise CheckpointError(f"{self.path}: {self.name}: expected shape {expected}, got {self.shape}")
+        if self.unpacked_shape != expected:
+            raise CheckpointError(f"{self.path}: {self.name}: expected shape {expected}, got {self.unpacked_shape}")
 
 
 def load_weights(
@@ -59,8 +70,9 @@ def load_weights(
     optional: Mapping[str, tuple[int, ...]] | None = None,
     leftover_reason: Callable[[str], str | None],
     weight_block_size: tuple[int, int] | None = None,
+    integers: Collection[str] = (),
     on_tensor: Callable[[int, int], None] | None = None,
-) -> dict[str, npt.NDArray[np.float32]]:
+) -> dict[str, npt.NDArray[Any]]:
     """Load the named tensors; only one tensor is held twice at any time.
 
     Args:
@@ -68,11 +80,13 @@ def load_weights(
         shapes: Every tensor that must be there, with its shape.
         optional: Tensors that are loaded if they are there.
         leftover_reason: Why a tensor of neither mapping is skipped; None makes it an error.
-        weight_block_size: Rows and columns of an fp8 weight that share a scale, `<name>_scale_inv`.
+        weight_block_size: Rows and columns of an fp8 weight that share a scale, `<name>_scale_inv` or, beside
+            `<name>.weight`, `<name>.scale`. Where two fp4 numbers share a byte, a row's 32 numbers share one.
+        integers: Names among shapes of tensors of integers.
         on_tensor: Called after every tensor with the numbers of loaded tensors and of tensors to load.
 
     Returns:
-        Float32 C-contiguous arrays in the order of shapes and then optional.
+        Float32 C-contiguous arrays in the order of shapes and then optional; int64 ones of the integers.
 
     Raises:
         CheckpointError: A file or tensor is missing, unknown, malformed, of the wrong shape or dtype, or not finite.
@@ -84,12 +98,23 @@ def load_weights(
     present = [name for name in wanted if name in stored]
     for name in present:
         stored[name].require_shape(wanted[name])
-    loaded: dict[str, npt.NDArray[np.float32]] = {}
+    scales = {_scaled_name(name): tensor for name, tensor in stored.items()}
+    loaded: dict[str, npt.NDArray[Any]] = {}
     for name in sorted(present, key=lambda name: (stored[name].path, stored[name].start)):
-        loaded[name] = _load(stored[name], stored.get(name + SCALE_SUFFIX), weight_block_size)
+        if name in integers:
+            loaded[name] = _int64(stored[name])
+        else:
+            loaded[name] = _load(stored[name], scales.get(name), weight_block_size)
         if on_tensor is not None:
             on_tensor(len(loaded), len(present))
     return {name: loaded[name] for name in (*shapes, *(optional or {})) if name in loaded}
+
+
+def _scaled_name(name: str) -> str | None:
+    """The tensor that this one has the scales of; None: it has none."""
+    if name.endswith(SCALE_SUFFIX):
+        return name.removesuffix(SCALE_SUFFIX)
+    return name.removesuffix("scale") + "weight" if name.endswith(".scale") else None
 
 
 def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
@@ -181,7 +206,7 @@ def _skip_leftovers(
     reasons: Counter[str] = Counter()
     unknown = []
     for name, tensor in stored.items():
-        weight_name = name.removesuffix(SCALE_SUFFIX)
+        weight_name = _scaled_name(name) or name
         if weight_name != name and weight_name not in stored:
             raise CheckpointError(f"{tensor.path}: {name}: there is no tensor {weight_name} that it scales")
         if weight_name in wanted:
@@ -201,10 +226,13 @@ def _skip_leftovers(
 def _load(
     tensor: _StoredTensor, scale: _StoredTensor | None, weight_block_size: tuple[int, int] | None
 ) -> npt.NDArray[np.float32]:
-    if tensor.dtype == _FP8:
-        values = _dequantized(tensor, scale, weight_block_size)
+    if tensor.dtype in (_FP8, _FP4):
+        values = _dequantized(tensor, scale, _FP4_BLOCK if tensor.dtype == _FP4 else weight_block_size)
     elif scale is not None:
-        raise CheckpointError(f"{scale.path}: {scale.name}: scales a tensor of dtype {tensor.dtype}, expected {_FP8}")
+        expected = f"{_FP8} or {_FP4}"
+        raise CheckpointError(
+            f"{scale.path}: {scale.name}: scales a tensor of dtype {tensor.dtype}, expected {expected}"
+        )
     else:
         values = _float32(tensor)
     _require_finite(tensor, values)
@@ -212,20 +240,20 @@ def _load(
 
 
 def _dequantized(
-    tensor: _StoredTensor, scale: _StoredTensor | None, weight_block_size: tuple[int, int] | None
+    tensor: _StoredTensor, scale: _StoredTensor | None, block_size: tuple[int, int] | None
 ) -> npt.NDArray[np.float32]:
     """Values times block scales, in float32; the last block of a row or column may be short."""
     where = f"{tensor.path}: {tensor.name}"
-    if weight_block_size is None:
+    if block_size is None:
         raise CheckpointError(f"{where}: dtype {_FP8}, but the config has no quantization_config.weight_block_size")
     if scale is None:
-        raise CheckpointError(f"{where}: dtype {_FP8}, but the tensor {tensor.name}{SCALE_SUFFIX} is missing")
+        raise CheckpointError(f"{where}: dtype {tensor.dtype}, but the tensor with its scales is missing")
     if len(tensor.shape) != 2:
-        raise CheckpointError(f"{where}: expected two dimensions for dtype {_FP8}, got shape {tensor.shape}")
-    if scale.dtype != "F32":
-        raise CheckpointError(f"{scale.path}: {scale.name}: expected dtype F32, got {scale.dtype}")
-    rows, columns = tensor.shape
-    block_rows, block_columns = weight_block_size
+        raise CheckpointError(f"{where}: expected two dimensions for dtype {tensor.dtype}, got shape {tensor.shape}")
+    if scale.dtype not in ("F32", _POWERS):
+        raise CheckpointError(f"{scale.path}: {scale.name}: expected dtype F32 or {_POWERS}, got {scale.dtype}")
+    rows, columns = tensor.unpacked_shape
+    block_rows, block_columns = block_size
     scale.require_shape((-(-rows // block_rows), -(-columns // block_columns)))
     scales = _float32(scale)
     _require_finite(scale, scales)
@@ -239,18 +267,32 @@ def _dequantized(
 
 def _float32(tensor: _StoredTensor) -> npt.NDArray[np.float32]:
     """A copy of the stored values, unscaled."""
-    if tensor.dtype not in _NUMPY_DTYPES:
-        expected = ", ".join(_NUMPY_DTYPES)
-        raise CheckpointError(f"{tensor.path}: {tensor.name}: expected dtype {expected}, got {tensor.dtype}")
-    file_bytes = np.memmap(tensor.path, dtype=np.uint8, mode="r")
-    stored = file_bytes[tensor.start : tensor.stop].view(_NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    stored = _stored_array(tensor, _NUMPY_DTYPES)
     if tensor.dtype == _FP8:
         return np.take(_E4M3_VALUES, stored)
+    if tensor.dtype == _POWERS:
+        return np.take(_E8M0_VALUES, stored)
+    if tensor.dtype == _FP4:
+        return np.take(_E2M1_PAIRS, stored, axis=0).reshape(tensor.unpacked_shape)
     if tensor.dtype == "BF16":
         bits = np.empty(tensor.shape, dtype=np.uint32)
         np.left_shift(stored, np.uint32(16), out=bits)
         return bits.view(np.float32)
     return np.array(stored, dtype=np.float32, order="C")
+
+
+def _int64(tensor: _StoredTensor) -> npt.NDArray[np.int64]:
+    return np.array(_stored_array(tensor, _INTEGERS), dtype=np.int64, order="C")
+
+
+def _stored_array(tensor: _StoredTensor, dtypes: Mapping[str, str]) -> npt.NDArray[Any]:
+    """A view of the file."""
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(dtype for dtype in dtypes if dtype not in (_FP4, _POWERS))
+        raise CheckpointError(f"{tensor.path}: {tensor.name}: expected dtype {expected}, got {tensor.dtype}")
+    file_bytes = np.memmap(tensor.path, dtype=np.uint8, mode="r")
+    view: npt.NDArray[Any] = file_bytes[tensor.start : tensor.stop].view(dtypes[tensor.dtype])
+    return view.reshape(tensor.shape)
 
 
 def _e4m3_values() -> npt.NDArray[np.float32]:
@@ -265,7 +307,30 @@ def _e4m3_values() -> npt.NDArray[np.float32]:
     return np.where(byte < 0x80, magnitude, -magnitude).astype(np.float32)
 
 
+def _e8m0_values() -> npt.NDArray[np.float32]:
+    """Value of every e8m0 byte: a power of two, the last byte is no number.
+
+    Source: OCP Microscaling Formats (MX) 1.0, section 5.4.
+    """
+    values: npt.NDArray[np.float32] = np.ldexp(1.0, np.minimum(np.arange(256), 254) - 127).astype(np.float32)
+    values[255] = np.nan
+    return values
+
+
+def _e2m1_pairs() -> npt.NDArray[np.float32]:
+    """[256, 2], the numbers of every byte: the low four bits are the first.
+
+    Source: OCP Microscaling Formats (MX) 1.0, section 5.3.3.
+    """
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.concatenate([magnitudes, -magnitudes])
+    byte = np.arange(256)
+    return np.stack([values[byte & 0xF], values[byte >> 4]], axis=-1)
+
+
 _E4M3_VALUES = _e4m3_values()
+_E8M0_VALUES = _e8m0_values()
+_E2M1_PAIRS = _e2m1_pairs()
 
 
 def _require_finite(tensor: _StoredTensor, values: npt.NDArray[np.float32]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import paddle
@@ -17,6 +18,8 @@ from fastdeploy_dsa.rotary import RotaryTable, Rotation, rotate_interleaved
 from fastdeploy_dsa.step import StepMetadata
 
 SelectionObserver = Callable[[int, IndexSelection], None]
+
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 class DeepseekV32Attention:
@@ -286,3 +289,20 @@ def weight_shapes(config: DsaConfig) -> dict[str, tuple[int, ...]]:
         layer_shapes = DecoderLayer.shapes(config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
     return shapes
+
+
+def leftover_reason(name: str, config: DsaConfig) -> str | None:
+    """Why a tensor that the model does not need may stand in a checkpoint; None if it may not."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return "the output head is tied to the embedding"
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, rest = int(match[1]), match[2]
+    draft_layers = max(config.num_nextn_predict_layers, 1)  # converted configs lose the count, not the weights
+    if config.num_hidden_layers <= layer < config.num_hidden_layers + draft_layers:
+        return "MTP layer, not in use without speculative decoding"
+    is_shared = layer < config.num_hidden_layers and not config.index_schedule.is_full(layer)
+    if is_shared and rest.startswith("self_attn.indexer."):
+        return "indexer of a layer that shares another layer's selection"
+    return None

@@ -35,6 +35,7 @@ class MtpModel:
     Attributes:
         layer_id: Absolute id, from num_hidden_layers on.
         layer: The decoder layer.
+        shares_selection: Whether later iterations attend to the selection of the first.
     """
 
     def __init__(self, config: DsaConfig, tensors: Mapping[str, Tensor], index: int = 0) -> None:
@@ -49,6 +50,7 @@ class MtpModel:
         """
         self.config = config
         self.layer_id = config.num_hidden_layers + index
+        self.shares_selection = config.index_share_for_mtp_iteration
         weights = Weights(tensors, f"model.layers.{self.layer_id}.")
         target_embedding = tensors["model.embed_tokens.weight"]
         target_head = target_embedding if config.tie_word_embeddings else tensors["lm_head.weight"]

@@ -35,7 +35,7 @@ def require_contiguous(argument: str, tensor: Tensor) -> None:
         is_contiguous = tensor.is_contiguous()
     except AttributeError:
         raise ValueError(f"{argument}: expected a paddle.Tensor, got {type_name(tensor)}") from None
-    if not is_contiguous:
+    if not is_contiguous and tensor.size:
         raise ValueError(
             f"{argument}: expected a contiguous tensor, because it is written in place, "
             f"got strides {list(tensor.strides)} for shape {list(tensor.shape)}"
@@ -63,6 +63,19 @@ def require_bool(argument: str, value: bool) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError(f"{argument}: expected True or False, got {value!r}")
+
+
+def given_size(argument: str, size: int | None) -> int:
+    """The size itself, 0 for None.
+
+    Raises:
+        ValueError: It is neither None nor an int of at least 1.
+    """
+    if size is None:
+        return 0
+    if is_int(size) and size >= 1:
+        return int(size)
+    raise ValueError(f"{argument}: expected an int of at least 1, got {size!r}")
 
 
 def _is_real(value: object) -> bool:

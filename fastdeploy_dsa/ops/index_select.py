@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastdeploy_dsa.ops.checks import given_size
 from fastdeploy_dsa.ops.library import run_op
 from fastdeploy_dsa.ops.types import DEFAULT_CPU_OPTIONS, CpuOptions, IndexSelection, codes_of
 
@@ -20,6 +21,7 @@ def index_select(
     max_length: int,
     topk: int,
     max_logits_bytes: int = 512 << 20,
+    block_size: int | None = None,
     cpu: CpuOptions = DEFAULT_CPU_OPTIONS,
 ) -> IndexSelection:
     """Score and select in one call: bit for bit indexer_logits and topk_slots, with bounded memory for the scores.
@@ -34,6 +36,8 @@ def index_select(
         max_length: The largest of lengths, or more; sizes the score rows without reading lengths on the host.
         topk: Positions to select, at least 1.
         max_logits_bytes: Budget for scores that exist at a time; one row always fits.
+        block_size: Tokens of a block. Needed where the shape of index_cache does not show it: fp8 blocks that are
+            filled up, [num_blocks, block_bytes] uint8.
         cpu: How to run on the CPU.
 
     Returns:
@@ -55,6 +59,7 @@ def index_select(
         max_length,
         topk,
         max_logits_bytes,
+        given_size("block_size", block_size),
         *codes_of(cpu),
     )
     return IndexSelection(*outputs)

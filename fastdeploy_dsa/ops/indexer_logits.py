@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastdeploy_dsa.ops.checks import given_size
 from fastdeploy_dsa.ops.library import run_op
 from fastdeploy_dsa.ops.types import DEFAULT_CPU_OPTIONS, CpuOptions, codes_of
 
@@ -18,6 +19,7 @@ def indexer_logits(
     request_ids: Tensor,
     lengths: Tensor,
     logits_width: int,
+    block_size: int | None = None,
     cpu: CpuOptions = DEFAULT_CPU_OPTIONS,
 ) -> Tensor:
     """Score every visible position of each query row against the paged index keys.
@@ -30,6 +32,8 @@ def indexer_logits(
         request_ids: [T] int32, each row's line of block_table.
         lengths: [T] int32, visible positions of each row; at most logits_width and max_blocks * block_size.
         logits_width: Columns of the result, in positions.
+        block_size: Tokens of a block. Needed where the shape of index_cache does not show it: fp8 blocks that are
+            filled up, [num_blocks, block_bytes] uint8.
         cpu: How to run on the CPU.
 
     Returns:
@@ -49,5 +53,6 @@ def indexer_logits(
         request_ids,
         lengths,
         logits_width,
+        given_size("block_size", block_size),
         *codes_of(cpu),
     )[0]

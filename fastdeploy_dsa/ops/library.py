@@ -18,6 +18,8 @@ LIBRARY_FOLDER = Path(__file__).resolve().parent.parent / "_lib"
 C_LIBRARY = LIBRARY_FOLDER / "libfastdeploy_dsa.so"
 PADDLE_LIBRARY = LIBRARY_FOLDER / "libfastdeploy_dsa_paddle.so"
 
+_OPTIONAL = "@OPTIONAL"  # how Paddle marks the name of an input that may be None
+
 _SPIN_COUNT = "10000"  # some tens of microseconds
 
 _IS_CHECKOUT = (LIBRARY_FOLDER.parent.parent / "custom_ops").is_dir()
@@ -32,10 +34,15 @@ INSTALL_REMEDY = install_remedy("cpu")
 
 OPS = (
     "block_copy",
+    "compressed_mla",
+    "compressed_row_read",
+    "compressed_row_write",
     "index_key_write",
     "index_query_quant",
     "index_select",
     "indexer_logits",
+    "inverse_rope",
+    "kv_compress",
     "layer_write",
     "mla_cache_write",
     "sparse_mla",
@@ -130,8 +137,9 @@ def _refuse_wrong_types(op: str, arguments: tuple[Any, ...]) -> None:
 
     declaration = OpProtoHolder.instance().get_op_proto(op)
     inputs = [declared.name for declared in declaration.inputs]
-    for name, value in zip(inputs, arguments, strict=False):
-        if not isinstance(value, Tensor):
+    for declared_name, value in zip(inputs, arguments, strict=False):
+        name = declared_name.removesuffix(_OPTIONAL)
+        if not isinstance(value, Tensor) and (value is not None or name == declared_name):
             raise ValueError(f"{name}: expected a paddle.Tensor, got {type_name(value)}") from None
     # Paddle appends attributes of its own to those of the declaration.
     for attribute, value in zip(declaration.attrs, arguments[len(inputs) :], strict=False):

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 CacheFormat = Literal["fp8", "bfloat16", "float32"]
 ScaleFormat = Literal["ue8m0", "plain"]
+EntryKind = Literal["row", "index_key"]
 Isa = Literal["auto", "scalar", "avx2", "avx512", "avx512_bf16"]
 
 CACHE_FORMAT_CODES = MappingProxyType[CacheFormat, int]({"float32": 0, "bfloat16": 1, "fp8": 2})
 SCALE_FORMAT_CODES = MappingProxyType[ScaleFormat, int]({"ue8m0": 0, "plain": 1})
+ENTRY_KIND_CODES = MappingProxyType[EntryKind, int]({"row": 0, "index_key": 1})
 ISA_CODES = MappingProxyType[Isa, int]({"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4})
 
 MAX_THREADS = 1024  # of a call; more would only enlarge its workspace

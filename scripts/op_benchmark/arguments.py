@@ -12,7 +12,10 @@ from tests.kit.paddle_ops import PaddleOps
 Arguments = dict[str, Any]
 
 CHECKED_ROWS = 3  # the definition is slow: first, middle and last
-PER_ROW = ("query", "folded_weights", "request_ids", "lengths", "slot_ids", "counts")
+PER_ROW = (
+    *("query", "folded_weights", "request_ids", "lengths", "slot_ids", "counts"),
+    *("window_slots", "window_counts", "entry_slots", "entry_counts"),
+)
 
 
 def tensors(arguments: Arguments) -> Arguments:

@@ -7,9 +7,11 @@ import pytest
 
 from cache_manager import CacheConfig, CacheController
 from fastdeploy_dsa.attention.backend import AttentionBackend
+from fastdeploy_dsa.attention.deepseek_v4.backend import DeepseekV4AttentionBackend
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.gqa import GQAAttentionBackend
 from fastdeploy_dsa.attention.mla import MLAAttentionBackend
+from fastdeploy_dsa.compressed_cache_layout import CompressedSizes
 from fastdeploy_dsa.index_schedule import IndexSchedule
 from fastdeploy_dsa.ops import CacheFormat
 
@@ -35,6 +37,22 @@ def mla(cache_format: CacheFormat = "bfloat16") -> MLAAttentionBackend:
 
 def gqa() -> GQAAttentionBackend:
     return GQAAttentionBackend(num_heads=4, kv_num_heads=2, head_dim=16, softmax_scale=0.25)
+
+
+def compressed(cache_format: CacheFormat = "fp8") -> DeepseekV4AttentionBackend:
+    """Window, ratio 4, ratio 128, ratio 4 without an indexer, and a draft layer."""
+    sizes = CompressedSizes(
+        head_dim=512,
+        qk_rope_head_dim=64,
+        index_head_dim=128,
+        sliding_window=128,
+        ratios=((0, 1), (1, 4), (2, 128), (3, 4), (4, 1)),
+        selecting_layers=(1,),
+    )
+    return DeepseekV4AttentionBackend(sizes=sizes, softmax_scale=0.1, cache_format=cache_format)
+
+
+WINDOW_BLOCKS = {"swa": 7, "state4": 11, "state128": 13}
 
 
 def described(backend: AttentionBackend, **arguments: object) -> dict[tuple[str, int], tuple[list[int], object]]:
@@ -75,6 +93,41 @@ def test_mla_and_gqa_caches_have_the_documented_shapes() -> None:
         (("key_scale", 0), scale),
         (("value_scale", 0), scale),
     ]
+
+
+def test_compressed_caches_have_blocks_of_their_own_pools() -> None:
+    created = described(compressed(), num_layers=4, num_blocks=5, window_blocks=WINDOW_BLOCKS)
+    swa, state4 = ([7, 37440], paddle.uint8), ([11, 4, 2048], paddle.float32)
+    assert list(created.items()) == [
+        (("swa", 0), swa),
+        (("key", 1), ([5, 37440], paddle.uint8)),
+        (("indexer", 1), ([5, 8640], paddle.uint8)),
+        (("swa", 1), swa),
+        (("comp_state", 1), state4),
+        (("idx_comp_state", 1), ([11, 4, 512], paddle.float32)),
+        (("key", 2), ([5, 1728], paddle.uint8)),
+        (("swa", 2), swa),
+        (("comp_state", 2), ([13, 8, 1024], paddle.float32)),
+        (("key", 3), ([5, 37440], paddle.uint8)),
+        (("swa", 3), swa),
+        (("comp_state", 3), state4),
+    ]
+    draft = described(compressed(), num_layers=1, num_blocks=5, layer_offset=4, window_blocks=WINDOW_BLOCKS)
+    assert draft == {("swa", 4): swa}
+
+
+@pytest.mark.parametrize("cache_format", ["fp8", "bfloat16", "float32"])
+def test_bytes_of_compressed_caches_are_those_of_their_pools(cache_format: CacheFormat) -> None:
+    backend = compressed(cache_format)
+    created = backend.create_kv_cache(num_layers=4, num_blocks=5, window_blocks=WINDOW_BLOCKS)
+    bytes_of = {key: tensor.numel().item() * tensor.element_size() for key, tensor in created.items()}
+    allocated = sum(bytes_of.values())
+    counts = {"main": 5, **WINDOW_BLOCKS}
+    specs = backend.cache_spec((0, 1, 2, 3))
+    assert allocated == sum(spec.bytes_per_block_all_layers * counts[spec.pool] for spec in specs)
+    assert {pool.name for pool in backend.cache_pools()} == set(WINDOW_BLOCKS)
+    main = sum(size for (role, _), size in bytes_of.items() if role in ("key", "indexer"))
+    assert backend.bytes_per_block(4) * 5 == main
 
 
 @pytest.mark.parametrize("backend", [dsa("FSF"), dsa("FSF", "bfloat16"), dsa("FSF", "float32"), mla(), gqa()])

@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_manager import (
+    MAIN_POOL,
+    BlockId,
     BlockIds,
     BlockTable,
     CacheConfig,
     CacheController,
     CacheManager,
+    CachePool,
     CacheTensorSpec,
     CopyEvent,
     NumpyCopier,
@@ -52,14 +55,39 @@ SHAPES: dict[str, list[Role]] = {
     ],
     "odd": [("key", "key_caches", (3, 7), "uint8", 1), ("extra", "extra_caches", (13,), "uint8", 3)],
 }
+# Roles that are named like a pool are in it: a window, states that overlap a boundary, states that begin anew at one.
+POOLS = {
+    pool.name: pool
+    for pool in (
+        CachePool("window", block_tokens=2, live_tokens=6, boundary_tokens=5),
+        CachePool("state", block_tokens=1, live_tokens=4, boundary_tokens=2),
+        CachePool("closed", block_tokens=4, live_tokens=4, boundary_tokens=0),
+    )
+}
+WINDOWED: dict[str, list[Role]] = {
+    "windows": [
+        ("key", "key_caches", (BLOCK_SIZE, 24), "uint8", 1),
+        ("window", "window_caches", (2, 20), "uint8", 1),
+        ("state", "state_caches", (1, 6), "float32", 2),
+        ("closed", "closed_caches", (4, 9), "uint8", 3),
+    ],
+    "one window": [
+        ("key", "key_caches", (BLOCK_SIZE, 24), "uint8", 1),
+        ("window", "window_caches", (2, 20), "bfloat16", 1),
+    ],
+}
+WINDOW_BLOCKS = {"window": 14, "state": 14, "closed": 7}
 NUM_LAYERS, NUM_DRAFT_LAYERS = 3, 1
 
 
 class Backend:
-    """Declares and creates one of the SHAPES."""
+    """Declares and creates one of the SHAPES, or of WINDOWED."""
 
     def __init__(self, shape: str) -> None:
-        self.roles = SHAPES[shape]
+        self.roles = (SHAPES | WINDOWED)[shape]
+
+    def cache_pools(self) -> tuple[CachePool, ...]:
+        return tuple(POOLS.values())
 
     def cache_spec(
         self, layer_ids: tuple[int, ...], cache_dtype: str | None = None, kv_cache_quant_type: str | None = None
@@ -73,6 +101,7 @@ class Backend:
                 dtype=dtype,
                 item_bytes=ITEM_BYTES[dtype],
                 layout_id=f"{role}/{dtype}",
+                pool=role if role in POOLS else MAIN_POOL,
             )
             for role, storage_name, shape, dtype, every in self.roles
         )
@@ -84,12 +113,14 @@ class Backend:
         cache_dtype: str | None = None,
         kv_cache_quant_type: str | None = None,
         layer_offset: int = 0,
+        window_blocks: Mapping[str, int] | None = None,
     ) -> Mapping[TensorKey, npt.NDArray[np.uint8]]:
         """Filled with 0xEE: a copy that does not happen leaves bytes that nobody wrote."""
         specs = self.cache_spec(tuple(range(layer_offset, layer_offset + num_layers)))
         by_role = {spec.role: spec for spec in specs}
+        counts = {MAIN_POOL: num_blocks, **(window_blocks or {})}
         return {
-            (role, layer): np.full((num_blocks, by_role[role].bytes_per_block), 0xEE, np.uint8)
+            (role, layer): np.full((counts[by_role[role].pool], by_role[role].bytes_per_block), 0xEE, np.uint8)
             for role, layer in ordered_keys(specs)
         }
 
@@ -152,9 +183,15 @@ class Cache:
     def __init__(
         self, shape: str = "dsa fp8", *, num_blocks: int = 10, block_size: int = BLOCK_SIZE, **options: object
     ):
-        config = CacheConfig(num_layers=NUM_LAYERS, transfer_timeout=5.0)
+        config = CacheConfig(
+            num_layers=NUM_LAYERS,
+            transfer_timeout=5.0,
+            window_blocks=WINDOW_BLOCKS,
+            host_window_blocks=WINDOW_BLOCKS,
+        )
         is_prefix_cached = bool(options.pop("is_prefix_cached", True))
         num_lookahead_tokens = int(options.pop("num_lookahead_tokens", 0))  # type: ignore[call-overload]
+        snapshot_interval = int(options.pop("snapshot_interval", 1))  # type: ignore[call-overload]
         self.allocator = options.pop("allocator", None) or CountingAllocator()
         self.copier = FaultyCopier()
         self.controller = CacheController(
@@ -171,6 +208,7 @@ class Cache:
             block_size=block_size,
             is_prefix_cached=is_prefix_cached,
             num_lookahead_tokens=num_lookahead_tokens,
+            snapshot_interval=snapshot_interval,
         )
         self.block_size = block_size
         self.keys = list(self.controller.caches)
@@ -192,10 +230,12 @@ class Cache:
         """Compute positions begin .. end - 1: write their part of every block of every tensor."""
         seeds = self.seeds(tokens[:end], table.salt)
         for key, array in self.controller.caches.items():
+            window, block_tokens = table.windows.get(key[0]), self.block_tokens(key)
+            blocks, first = (table.blocks, 0) if window is None else (window.blocks, window.first)
             for position in range(begin, end):
-                place, offset = divmod(position, self.block_size)
+                place, offset = divmod(position, block_tokens)
                 part = self._part(key, offset)
-                array[table.blocks[place], part] = self.block_bytes(key, [seeds[position]] * self.block_size)[part]
+                array[blocks[place - first], part] = self.block_bytes(key, [seeds[position]] * block_tokens)[part]
 
     def run(self, table: BlockTable, tokens: list[int]) -> None:
         """One step for all tokens that are not computed: grow, wait, compute, commit."""
@@ -228,12 +268,58 @@ class Cache:
         seeds = self.seeds(tokens[: table.num_computed], table.salt)
         arrays = self.controller.caches if table.is_on_device else self.host_arrays()
         blocks = table.blocks if table.is_on_device else table.host_blocks
+        main = {key: array for key, array in arrays.items() if key[0] not in POOLS}
         for place in range(-(-table.num_computed // self.block_size)):
             own = seeds[place * self.block_size : (place + 1) * self.block_size]
-            for key, array in arrays.items():
+            for key, array in main.items():
                 end = self._part(key, len(own) - 1).stop
                 found, expected = array[blocks[place], :end], self.block_bytes(key, own)[:end]
                 assert np.array_equal(found, expected), f"{key} block {blocks[place]} at place {place} of {table}"
+
+        for key in arrays.keys() - main.keys():
+            window = table.windows[key[0]]
+            self.check_rows(
+                key,
+                arrays[key],
+                window.blocks if table.is_on_device else window.host_blocks,
+                range(max(window.begin, POOLS[key[0]].first_live(table.num_computed)), table.num_computed),
+                seeds,
+                first=window.first,
+            )
+
+    def check_rows(
+        self,
+        key: TensorKey,
+        array: npt.NDArray[np.uint8],
+        blocks: list[BlockId],
+        positions: range,
+        seeds: list[int],
+        *,
+        first: int,
+    ) -> None:
+        """Positions of a window hold the bytes that their tokens decide."""
+        block_tokens = self.block_tokens(key)
+        for position in positions:
+            place, offset = divmod(position, block_tokens)
+            part = self._part(key, offset)
+            expected = self.block_bytes(key, [seeds[position]] * block_tokens)[part]
+            found = array[blocks[place - first], part]
+            assert np.array_equal(found, expected), f"{key} block {blocks[place - first]}, position {position}"
+
+    def check_snapshots(self) -> None:
+        """Every snapshot, on either tier, holds the rows before its boundary."""
+        windows = self.manager._tiers.windows
+        for tier, arrays in ((Tier.DEVICE, self.controller.caches), (Tier.HOST, self.host_arrays())):
+            for node in windows.tier(tier).nodes():
+                salt, tokens = self.node_tokens(node)
+                snapshot, seeds = windows.tier(tier).find(node), self.seeds(tokens, salt)
+                assert snapshot is not None
+                for key, array in arrays.items():
+                    if blocks := snapshot.blocks.get(key[0]):
+                        pool = POOLS[key[0]]
+                        begin = max(0, len(tokens) - pool.boundary_tokens)
+                        rows = range(begin, len(tokens))
+                        self.check_rows(key, array, list(blocks), rows, seeds, first=begin // pool.block_tokens)
 
     def check_cached(self) -> None:
         """Every cached block, on either tier, holds the bytes of its tokens."""
@@ -245,7 +331,19 @@ class Cache:
                 if block is None:
                     continue
                 for key, array in arrays.items():
-                    assert np.array_equal(array[block], self.block_bytes(key, own)), f"{tier.name} {key} block {block}"
+                    is_equal = key[0] in POOLS or np.array_equal(array[block], self.block_bytes(key, own))
+                    assert is_equal, f"{tier.name} {key} block {block}"
+
+    def longest_start(self, tokens: list[int], salt: bytes) -> int:
+        """Tokens up to the last boundary before the last token that has a snapshot on the device."""
+        tiers = self.manager._tiers
+        path = tiers.tree.match(tokens, salt) if self.manager.is_prefix_cached else []
+        starts = [
+            place * self.block_size
+            for place, node in enumerate(path, start=1)
+            if place * self.block_size < len(tokens) and tiers.windows.device.find(node) is not None
+        ]
+        return max(starts, default=0)
 
     @staticmethod
     def node_tokens(node: PrefixNode) -> tuple[bytes, list[int]]:
@@ -269,6 +367,9 @@ class Cache:
         finally:
             self.copier.gate.set()
 
+    def block_tokens(self, key: TensorKey) -> int:
+        return POOLS[key[0]].block_tokens if key[0] in POOLS else self.block_size
+
     def _part(self, key: TensorKey, offset: int) -> slice:
-        num_bytes = len(self._ramps[key])
-        return slice(offset * num_bytes // self.block_size, (offset + 1) * num_bytes // self.block_size)
+        num_bytes, block_tokens = len(self._ramps[key]), self.block_tokens(key)
+        return slice(offset * num_bytes // block_tokens, (offset + 1) * num_bytes // block_tokens)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from cache_manager import (
     UnknownTable,
     WrongState,
 )
-from tests.cache_manager.kit import SHAPES, Cache, CountingAllocator
+from tests.cache_manager.kit import SHAPES, WINDOWED, Cache, CountingAllocator
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 4
 INDEX = st.integers(0, 30)
@@ -56,7 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.committed: set[tuple[bytes, tuple[int, ...]]] = set()
 
     @initialize(
-        shape=st.sampled_from(list(SHAPES)),
+        shape=st.sampled_from([*SHAPES, *WINDOWED, *WINDOWED]),
         num_host_blocks=st.sampled_from([0, 4, 9, 20, 20]),
         write_policy=st.sampled_from(["write_back", "write_through", "write_through_selective"]),
         is_prefix_cached=st.sampled_from([True, True, True, False]),
@@ -92,6 +93,8 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         # A hit on all blocks may give up the last one, see matching.py.
         least = min(max(held, default=0), (len(tokens) - 1) // BLOCK_SIZE * BLOCK_SIZE)
+        if self.manager.pools:
+            least = self.cache.longest_start(tokens, salt)
         assert match.num_tokens >= least, "a block that a request holds is no hit"
         table = self.attempt(
             lambda: self.manager.open(tokens, num_tokens=len(tokens) + spare, salt=salt),
@@ -104,6 +107,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert length == 0 or (salt, tuple(tokens[:length])) in self.committed, "a hit on what was never computed"
         assert len(table.blocks) == -(-(len(tokens) + spare) // BLOCK_SIZE)
         self.count("opened", bool(table.num_device_hits) * "device hit", bool(table.num_host_hits) * "host hit")
+        if self.manager.pools:
+            self.count(
+                bool(length) * "started at a snapshot",
+                bool(table.load and not table.num_host_hits) * "snapshot from the host",
+                bool(match.num_unusable_tokens) * "hit shortened",
+            )
         self.requests[table] = list(tokens)
 
     def serve(self, tokens: list[int], num_new: int, ends: bool) -> None:
@@ -123,13 +132,19 @@ class CacheMachine(RuleBasedStateMachine):
     come_and_go = rule(tokens=PROMPTS, num_new=st.integers(0, 5), ends=st.just(True))(serve)
 
     @rule(
-        which=INDEX, new=st.lists(st.integers(1, 2), max_size=6), num_drafts=st.integers(0, 6), rejected=st.booleans()
+        which=INDEX,
+        new=st.lists(st.integers(1, 2), max_size=6),
+        num_drafts=st.integers(0, 6),
+        rejected=st.booleans(),
+        lag=st.sampled_from([0, 0, 1, 3]),
     )
-    def step(self, which: int, new: list[int], num_drafts: int, rejected: bool) -> None:
+    def step(self, which: int, new: list[int], num_drafts: int, rejected: bool, lag: int) -> None:
         """Compute the known tokens and drafts; confirm the tokens; give the drafts' blocks back."""
-        self.compute(self.pick(which, is_on_device=True), new, num_drafts=num_drafts, rejected=rejected)
+        self.compute(self.pick(which, is_on_device=True), new, num_drafts=num_drafts, rejected=rejected, lag=lag)
 
-    def compute(self, table: BlockTable | None, new: list[int], *, num_drafts: int, rejected: bool) -> None:
+    def compute(
+        self, table: BlockTable | None, new: list[int], *, num_drafts: int, rejected: bool, lag: int = 0
+    ) -> None:
         if table is None or not table.is_on_device:
             return
         tokens = self.requests[table] + new
@@ -142,7 +157,7 @@ class CacheMachine(RuleBasedStateMachine):
         begin = table.num_computed
         before = list(table.blocks)
         self.cache.write(table, tokens + [99] * num_drafts, begin, len(tokens) + num_drafts)
-        changed = self.manager.commit(table, np.array(tokens))
+        changed = self.manager.commit(table, np.array(tokens), num_complete=len(tokens) - min(lag, len(tokens)))
         assert before[:changed] == table.blocks[:changed]
         self.requests[table] = tokens
         self.commit_model(table)
@@ -264,6 +279,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.take_failed()
         self.manager.check_integrity()
         self.cache.check_cached()
+        self.cache.check_snapshots()
         for table, tokens in self.requests.items():
             if table.load is None:
                 self.cache.check_table(table, tokens)
@@ -350,13 +366,19 @@ class CacheMachine(RuleBasedStateMachine):
 
     def snapshot(self) -> object:
         """What a failed call may not change."""
-        device = self.manager._tiers.device
+        device, windows = self.manager._tiers.device, self.manager._tiers.windows.device
         return (
             [
                 (id(table), list(table.blocks), list(table.host_blocks), table.num_computed, table.is_on_device)
                 for table in self.requests
             ],
+            deepcopy([table.windows for table in self.requests]),
             [device.num_owners(BlockId(block)) for block in range(device.num_blocks)],
+            [
+                pool.num_owners(BlockId(block)) - windows.num_kept(name, BlockId(block))
+                for name, pool in windows.pools.items()
+                for block in range(pool.num_blocks)
+            ],
         )
 
 

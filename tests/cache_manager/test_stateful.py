@@ -6,6 +6,7 @@ from tests.cache_manager.machine import CacheMachine, run_steps
 
 NUM_STEPS = 5000
 SUCCESSES = {"opened", "computed", "forked", "swapped out", "swapped in", "device hit", "reset", "resized"}
+SUCCESSES |= {"started at a snapshot", "snapshot from the host", "hit shortened"}
 FAILURES = {"OutOfBlocks", "TransferFailed", "TransferTimeout", "host allocation failed", "misuse"}
 
 

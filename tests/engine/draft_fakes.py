@@ -12,6 +12,7 @@ from cache_manager import TensorKey
 from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
 from fastdeploy_dsa.engine.step_inputs import StepInputs
+from tests.engine.window_fakes import write_and_check_windows
 
 VOCAB_SIZE = 50
 NUM_LAYERS = 2
@@ -76,6 +77,7 @@ class CacheDrafter:
     def __init__(
         self, caches: Mapping[TensorKey, npt.NDArray[np.int64]], block_size: int, drafts: Drafts = at_times_right
     ) -> None:
+        self._caches = caches
         self._target, self._own = caches["tokens", 0], caches["tokens", NUM_LAYERS]
         self._block_size = block_size
         self._drafts = drafts
@@ -98,6 +100,7 @@ class CacheDrafter:
         slots = blocks.astype(np.int64) * self._block_size + inputs.positions % self._block_size
         assert len(set(slots.tolist())) == len(slots), "two draft rows share a slot"
         self._own.reshape(-1)[slots] = inputs.token_ids
+        write_and_check_windows(self._caches, inputs, NUM_LAYERS, self._own)
         known = [self._tokens(inputs, row, follows_target) for row in inputs.logits_rows]
         logits = [self._drafts(tokens, next_logits(tokens)) for tokens in known]
         return DraftOutputs(

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_manager import (
+    MAIN_POOL,
     CacheConfig,
     CacheController,
     CacheManager,
+    CachePool,
     CacheTensorSpec,
     NumpyCopier,
     TensorKey,
@@ -27,7 +29,9 @@ from fastdeploy_dsa.engine.speculative.config import SpeculativeConfig
 from fastdeploy_dsa.engine.speculative.proposer import Proposer
 from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.engine.step_plan import SchedulerLimits
+from fastdeploy_dsa.engine.swap_cost import SwapCost
 from tests.engine.draft_fakes import NUM_LAYERS, VOCAB_SIZE, CacheDrafter, Drafting, next_logits
+from tests.engine.window_fakes import DRAFTED, write_and_check_windows
 
 
 def greedy_continuation(prompt: Sequence[int], count: int) -> list[int]:
@@ -39,15 +43,33 @@ def greedy_continuation(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class TokenCache:
-    """Owner of a cache that holds the tokens themselves; no layer writes to another's tensor."""
+    """Owner of a cache that holds the tokens themselves, in windows too; no layer writes to another's tensor."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, pools: tuple[CachePool, ...] = ()) -> None:
         self._block_size = block_size
+        self._pools = pools
 
     def cache_spec(
         self, layer_ids: tuple[int, ...], cache_dtype: str | None = None, kv_cache_quant_type: str | None = None
     ) -> tuple[CacheTensorSpec, ...]:
-        return (CacheTensorSpec("tokens", "token_caches", layer_ids, (self._block_size,), "int64", 8, "tokens"),)
+        main = CacheTensorSpec("tokens", "token_caches", layer_ids, (self._block_size,), "int64", 8, "tokens")
+        windows = (
+            CacheTensorSpec(
+                pool.name,
+                f"{pool.name}_caches",
+                tuple(layer for layer in layer_ids if layer < NUM_LAYERS or pool.name in DRAFTED),
+                (pool.block_tokens,),
+                "int64",
+                8,
+                "tokens",
+                pool.name,
+            )
+            for pool in self._pools
+        )
+        return (main, *windows)
+
+    def cache_pools(self) -> tuple[CachePool, ...]:
+        return self._pools
 
     def create_kv_cache(
         self,
@@ -56,9 +78,14 @@ class TokenCache:
         cache_dtype: str | None = None,
         kv_cache_quant_type: str | None = None,
         layer_offset: int = 0,
+        window_blocks: Mapping[str, int] | None = None,
     ) -> Mapping[TensorKey, npt.NDArray[np.int64]]:
-        layers = range(layer_offset, layer_offset + num_layers)
-        return {("tokens", layer): np.full((num_blocks, self._block_size), -1, np.int64) for layer in layers}
+        counts = {MAIN_POOL: num_blocks, **(window_blocks or {})}
+        return {
+            (spec.role, layer): np.full((counts[spec.pool], *spec.block_shape), -1, np.int64)
+            for spec in self.cache_spec(tuple(range(layer_offset, layer_offset + num_layers)))
+            for layer in spec.layer_ids
+        }
 
 
 class FaultyCopier(NumpyCopier):
@@ -109,12 +136,13 @@ class CacheModel:
         slots = blocks.astype(np.int64) * self._block_size + inputs.positions % self._block_size
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         rows = [np.empty((0, VOCAB_SIZE), np.float32)]
-        for (_, layer), cache in self._caches.items():
-            if layer >= NUM_LAYERS:
-                continue  # the draft model's
+        for (role, layer), cache in self._caches.items():
+            if layer >= NUM_LAYERS or role != "tokens":
+                continue  # the draft model's, and windows
             if before_layer is not None:
                 before_layer(layer)
             cache.reshape(-1)[slots] = inputs.token_ids
+            write_and_check_windows(self._caches, inputs, layer, cache)
             rows.append(np.array([self._row(cache, inputs, row) for row in inputs.logits_rows]))
         assert all(np.array_equal(row, rows[1]) for row in rows[2:]), "layers have other tokens in their caches"
         self.steps.append(inputs)
@@ -140,15 +168,28 @@ def make_core(
     copier: NumpyCopier | None = None,
     transfer_timeout: float = 20.0,
     drafting: Drafting | None = None,
+    pools: tuple[CachePool, ...] = (),
 ) -> tuple[EngineCore, CacheModel]:
     """An engine over a CacheModel; with drafting, over a CacheDrafter as well."""
-    controller = CacheController(
-        CacheConfig(num_layers=NUM_LAYERS, num_host_blocks=num_host_blocks, transfer_timeout=transfer_timeout),
-        copier=copier or NumpyCopier(),
+    limits = SchedulerLimits(
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_speculative_tokens=0 if drafting is None else drafting.num_speculative_tokens,
     )
-    controller.initialize_kv_cache(TokenCache(block_size), num_blocks)
+    room = limits.window_room(has_snapshots=is_prefix_cached)
+    cache_config = CacheConfig(
+        num_layers=NUM_LAYERS,
+        num_host_blocks=num_host_blocks,
+        transfer_timeout=transfer_timeout,
+        window_blocks=room.device_blocks(pools, num_blocks),
+        host_window_blocks=room.host_blocks(pools, num_host_blocks),
+    )
+    controller = CacheController(cache_config, copier=copier or NumpyCopier())
+    controller.initialize_kv_cache(TokenCache(block_size, pools), num_blocks)
     if drafting is not None:
-        controller.initialize_mtp_kv_cache(TokenCache(block_size), num_blocks, 1, NUM_LAYERS)
+        controller.initialize_mtp_kv_cache(TokenCache(block_size, pools), num_blocks, 1, NUM_LAYERS)
     controller.initialize_host_cache()
     cache = CacheManager(
         controller,
@@ -163,19 +204,12 @@ def make_core(
         config = SpeculativeConfig("mtp", drafting.num_speculative_tokens, adaptive=drafting.adaptive)
         proposer = Proposer(drafter, config, block_size=block_size)
     model = CacheModel(controller.caches, block_size)
-    limits = SchedulerLimits(
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        num_speculative_tokens=0 if drafting is None else drafting.num_speculative_tokens,
-    )
     core = EngineCore(
         runner=model,
         cache=cache,
         limits=limits,
         eos_token_ids=eos_token_ids,
-        bytes_per_block=controller.bytes_per_block,
+        swap_cost=SwapCost.of(controller),
         proposer=proposer,
         checks_integrity=True,
     )

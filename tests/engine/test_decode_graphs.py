@@ -32,8 +32,9 @@ class Model:
         self.num_calls += 1
         parts = [step.token_ids, step.positions, step.request_ids, step.lengths, step.slot_mapping]
         hidden = paddle.stack([part.astype("int64") for part in parts], axis=1)
-        blocks = step.block_table.astype("int64").sum(axis=1, keepdim=True)
-        hidden = paddle.concat([hidden, blocks], axis=1)[: step.num_tokens]
+        tables = (step.block_table, *step.window_tables.values())
+        blocks = [table.astype("int64").sum(axis=1, keepdim=True) for table in tables]
+        hidden = paddle.concat([hidden, *blocks], axis=1)[: step.num_tokens]
         self.captured.append((step, hidden))
         return hidden
 
@@ -93,6 +94,7 @@ def decode_step(rng: np.random.Generator, num_requests: int, width: int = 3) -> 
         request_ids=np.arange(num_requests, dtype=np.int32),
         block_table=rng.integers(0, 99, (num_requests, width)).astype(np.int32),
         logits_rows=np.arange(num_requests),
+        window_tables={"window": rng.integers(-1, 99, (num_requests, 5)).astype(np.int32)},
     )
 
 
@@ -106,6 +108,10 @@ def eager(inputs: StepInputs) -> Any:
         request_ids=inputs.request_ids,
         block_table=np.concatenate([table, np.full((-rows % 8, LIMITS.max_blocks), -1, np.int32)]),
         block_size=64,
+        window_tables={
+            pool: np.concatenate([window, np.full((-rows % 8, window.shape[1]), -1, np.int32)])
+            for pool, window in inputs.window_tables.items()
+        },
     )
     return Model().forward(step).numpy()
 

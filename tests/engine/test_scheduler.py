@@ -152,6 +152,6 @@ def test_the_integrity_check_finds_a_planted_mistake() -> None:
     request = make_request([1, 2, 3], 4)
     core.add(request)
     core.step()
-    core.scheduler.block_table[request.line, 1] = request.blocks[0]
+    core.scheduler.tables.main[request.line, 1] = request.blocks[0]
     with pytest.raises(AssertionError, match="the block table differs"):
         core.scheduler.check_integrity()

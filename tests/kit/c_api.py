@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_dsa.ops.reference import IndexSelection
+from tests.kit.compressed_c_api import CompressedCApi
 from tests.kit.headers import CLibrary
-from tests.kit.implementation import Array, Implementation, Refused
+from tests.kit.implementation import Array, Refused
 from tests.kit.poison import GuardedMemory
+from tests.kit.strides import block_stride, row_stride
 
 ROW_PADDING = 3  # numbers between two rows of logits: their stride is not their width
 
 
 @dataclass(frozen=True)
-class CApi(Implementation):
+class CApi(CompressedCApi):
     """The C ABI: caches with gaps between blocks, outputs with guard bytes."""
 
     library: CLibrary
@@ -119,9 +121,9 @@ class CApi(Implementation):
             "rope": rope,
             "cache": cache,
             "slot_mapping": slot_mapping,
-            "latent_stride": _row_stride(latent),
-            "rope_stride": _row_stride(rope),
-            "block_stride_bytes": _block_stride(cache),
+            "latent_stride": row_stride(latent),
+            "rope_stride": row_stride(rope),
+            "block_stride_bytes": block_stride(cache),
             "num_blocks": cache.shape[0],
             "num_tokens": len(slot_mapping),
             "block_size": cache.shape[2],
@@ -137,8 +139,8 @@ class CApi(Implementation):
             "key": key,
             "cache": cache,
             "slot_mapping": slot_mapping,
-            "key_stride": _row_stride(key),
-            "block_stride_bytes": _block_stride(cache),
+            "key_stride": row_stride(key),
+            "block_stride_bytes": block_stride(cache),
             "num_blocks": cache.shape[0],
             "num_tokens": len(slot_mapping),
             "block_size": cache.shape[1],
@@ -158,8 +160,8 @@ class CApi(Implementation):
             "weights": weights,
             "quantized": quantized,
             "folded_weights": memory.output(weights.shape, np.float32),
-            "query_stride": _row_stride(query),
-            "weights_stride": _row_stride(weights),
+            "query_stride": row_stride(query),
+            "weights_stride": row_stride(weights),
             "num_tokens": query.shape[0],
             "index_n_heads": query.shape[1],
             "index_head_dim": query.shape[2],
@@ -190,7 +192,7 @@ class CApi(Implementation):
             request_ids=request_ids,
             lengths=lengths,
             logits=logits,
-            block_stride_bytes=_block_stride(index_cache),
+            block_stride_bytes=block_stride(index_cache),
             logits_stride=logits_width + ROW_PADDING,
             logits_width=logits_width,
             num_blocks=index_cache.shape[0],
@@ -225,7 +227,7 @@ class CApi(Implementation):
             block_table=block_table,
             request_ids=request_ids,
             **selection._asdict(),
-            logits_stride=_row_stride(logits),
+            logits_stride=row_stride(logits),
             logits_width=logits.shape[1],
             num_blocks=num_blocks,
             num_tokens=len(lengths),
@@ -263,7 +265,7 @@ class CApi(Implementation):
             **selection._asdict(),
             max_logits_bytes=max_logits_bytes,
             max_length=max_length,
-            block_stride_bytes=_block_stride(index_cache),
+            block_stride_bytes=block_stride(index_cache),
             num_blocks=index_cache.shape[0],
             num_tokens=len(lengths),
             num_requests=block_table.shape[0],
@@ -300,7 +302,7 @@ class CApi(Implementation):
             counts=counts,
             out=out,
             lse=lse,
-            block_stride_bytes=_block_stride(latent_cache),
+            block_stride_bytes=block_stride(latent_cache),
             num_blocks=latent_cache.shape[0],
             num_tokens=num_tokens,
             block_size=latent_cache.shape[2],
@@ -323,8 +325,8 @@ class CApi(Implementation):
             dst=dst,
             src_block_ids=src_block_ids,
             dst_block_ids=dst_block_ids,
-            src_stride_bytes=_block_stride(src),
-            dst_stride_bytes=_block_stride(dst),
+            src_stride_bytes=block_stride(src),
+            dst_stride_bytes=block_stride(dst),
             src_num_blocks=len(src),
             dst_num_blocks=len(dst),
             block_bytes=src[:1].size * src.itemsize,
@@ -368,15 +370,6 @@ class CCpu(CApi):
 
 def _host_address(array: Array) -> int:
     return int(array.ctypes.data)
-
-
-def _block_stride(array: Array) -> int:
-    # NumPy may say anything for a dimension of one.
-    return array.strides[0] if len(array) > 1 else int(np.prod(array.shape[1:])) * array.itemsize
-
-
-def _row_stride(array: Array) -> int:
-    return _block_stride(array) // array.itemsize
 
 
 def _selection(memory: GuardedMemory, num_tokens: int, topk: int) -> IndexSelection:

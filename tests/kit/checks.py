@@ -37,7 +37,7 @@ def check_mla_cache_write(implementation: Implementation, case: MlaCacheWriteCas
     actual, expected = case.arguments(), case.arguments()
     implementation.mla_cache_write(**actual)
     reference.mla_cache_write(**expected)
-    _assert_same_memory(actual["cache"], expected["cache"], "cache")
+    assert_same_memory(actual["cache"], expected["cache"], "cache")
 
 
 def check_index_key_write(implementation: Implementation, case: IndexKeyWriteCase) -> None:
@@ -45,7 +45,7 @@ def check_index_key_write(implementation: Implementation, case: IndexKeyWriteCas
     actual, expected = case.arguments(), case.arguments()
     implementation.index_key_write(**actual)
     reference.index_key_write(**expected)
-    _assert_same_memory(actual["cache"], expected["cache"], "cache")
+    assert_same_memory(actual["cache"], expected["cache"], "cache")
 
 
 def check_index_query_quant(implementation: Implementation, case: IndexQueryQuantCase) -> None:
@@ -70,8 +70,8 @@ def check_layer_write(implementation: Implementation, case: LayerWriteCase) -> N
         assert_same(outputs[i], composed[i], f"{name} of the three ops")
         assert_same(outputs[i], exact[i], name)
     for name, part in (("latent_cache", latent), ("index_cache", key)):
-        _assert_same_memory(actual[name], part["cache"], f"{name} of the three ops")
-        _assert_same_memory(actual[name], expected[name], name)
+        assert_same_memory(actual[name], part["cache"], f"{name} of the three ops")
+        assert_same_memory(actual[name], expected[name], name)
 
 
 def check_indexer_logits(implementation: Implementation, case: IndexerCase) -> NDArray[Any]:
@@ -153,8 +153,8 @@ def check_block_copy(implementation: Implementation, case: BlockCopyCase) -> Non
     actual, expected = case.arguments(), case.arguments()
     implementation.block_copy(**actual)
     reference.block_copy(**expected)
-    _assert_same_memory(actual["dst"], expected["dst"], "dst")
-    _assert_same_memory(actual["src"], expected["src"], "src")
+    assert_same_memory(actual["dst"], expected["dst"], "dst")
+    assert_same_memory(actual["src"], expected["src"], "src")
 
 
 def assert_same_selection(actual: IndexSelection, expected: IndexSelection) -> None:
@@ -163,7 +163,7 @@ def assert_same_selection(actual: IndexSelection, expected: IndexSelection) -> N
         assert_same(array, getattr(expected, name), name)
 
 
-def _assert_same_memory(actual: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+def assert_same_memory(actual: NDArray[Any], expected: NDArray[Any], what: str) -> None:
     assert_same(actual, expected, what)
     places = [(whole_memory(view), view.ctypes.data) for view in (actual, expected)]
     # The allocations may be aligned differently: compare what lies around the first block.

@@ -50,6 +50,11 @@ class Implementation(ABC):
         formats = (arguments["query"].dtype, arguments["latent_cache"].dtype)
         return self.device == "gpu" and formats == (np.uint16, np.uint8)
 
+    def rounds_compressed_weights(self, arguments: dict[str, Any]) -> bool:
+        """Whether compressed_mla rounds exp(z - max) to bfloat16: bfloat16 queries over bfloat16 or fp8 on a GPU."""
+        is_narrow = arguments["query"].dtype == np.uint16 and arguments["window_cache"].dtype != np.float32
+        return self.device == "gpu" and is_narrow
+
     def truncates_sums(self, arguments: dict[str, Any]) -> bool:
         """Whether indexer_logits adds e4m3 products with 13 fractional bits: fp8 on the tensor cores of a GPU."""
         return self.device == "gpu" and arguments["index_cache"].dtype == np.uint8
@@ -145,3 +150,65 @@ class Implementation(ABC):
     @abstractmethod
     def block_copy(self, *, src: Array, dst: Array, src_block_ids: Array, dst_block_ids: Array) -> None:
         """Change dst."""
+
+    @abstractmethod
+    def compressed_row_write(
+        self, *, rows: Array, cache: Array, slot_mapping: Array, rope_dim: int, block_rows: int
+    ) -> None:
+        """Change cache."""
+
+    @abstractmethod
+    def compressed_row_read(
+        self, *, cache: Array, slot_ids: Array, head_dim: int, rope_dim: int, block_rows: int
+    ) -> Array:
+        """Return the rows."""
+
+    @abstractmethod
+    def kv_compress(
+        self,
+        *,
+        kv_score: Array,
+        ape: Array,
+        norm_weight: Array,
+        cos: Array,
+        sin: Array,
+        state_cache: Array,
+        state_table: Array,
+        positions: Array,
+        request_ids: Array,
+        lengths: Array,
+        entry_cache: Array,
+        entry_slots: Array,
+        eps: float,
+        ratio: int,
+        overlap: int,
+        rope_dim: int,
+        block_rows: int,
+        entry_kind: str,
+        scale_format: str,
+    ) -> None:
+        """Change state_cache and entry_cache."""
+
+    @abstractmethod
+    def compressed_mla(
+        self,
+        *,
+        query: Array,
+        window_cache: Array,
+        window_slots: Array,
+        window_counts: Array | None,
+        window_block_rows: int,
+        entry_cache: Array | None,
+        entry_slots: Array | None,
+        entry_counts: Array | None,
+        entry_block_rows: int,
+        sinks: Array,
+        rope_dim: int,
+        softmax_scale: float,
+        batch_invariant: bool = False,
+    ) -> tuple[Array, Array]:
+        """Return out and lse."""
+
+    @abstractmethod
+    def inverse_rope(self, *, x: Array, cos: Array, sin: Array) -> None:
+        """Change x."""

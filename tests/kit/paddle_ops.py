@@ -59,8 +59,8 @@ class PaddleOps(Implementation):
         ops, paddle = paddle_ops(), paddle_module()
         tensors = {k: self.tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
         result = getattr(ops, op)(**tensors, cpu=ops.CpuOptions(num_threads=self.num_threads, isa=self.isa))
-        for name in ("cache", "latent_cache", "index_cache", "dst"):
-            if name in tensors:
+        for name in ("cache", "latent_cache", "index_cache", "state_cache", "entry_cache", "dst", "x"):
+            if isinstance(arguments.get(name), np.ndarray):
                 arguments[name][...] = tensors[name].numpy()
         if result is None or isinstance(result, paddle.Tensor):
             return None if result is None else result.numpy()
@@ -99,6 +99,26 @@ class PaddleOps(Implementation):
 
     def block_copy(self, **arguments: Any) -> None:
         self.call("block_copy", **arguments)
+
+    def compressed_row_write(self, **arguments: Any) -> None:
+        self.call("compressed_row_write", **arguments)
+
+    def compressed_row_read(self, **arguments: Any) -> Array:
+        rows: Array = self.call("compressed_row_read", **arguments)
+        return rows
+
+    def kv_compress(self, **arguments: Any) -> None:
+        self.call("kv_compress", **arguments)
+
+    def compressed_mla(self, **arguments: Any) -> tuple[Array, Array]:
+        for counts, slots in (("window_counts", "window_slots"), ("entry_counts", "entry_slots")):
+            if arguments[counts] is None and arguments[slots] is not None:  # only the C ABI knows the shorthand
+                arguments[counts] = np.full(len(arguments[slots]), arguments[slots].shape[1], np.int32)
+        out, lse = self.call("compressed_mla", **arguments)
+        return out, lse
+
+    def inverse_rope(self, **arguments: Any) -> None:
+        self.call("inverse_rope", **arguments)
 
 
 @cache

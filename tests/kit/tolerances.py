@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,23 +109,63 @@ def sparse_mla_bound(
         if not ids.size:
             continue
         rows = reference.read_latent_rows(cache, ids, rank, width - rank).astype(np.float64)
-        logits = scale * (queries[t] @ rows.T)
-        weights = np.exp(logits - lse[t][:, None])
-        logit_error = growth(width + 2) * abs(scale) * (np.abs(queries[t]) @ np.abs(rows).T)
+        moved_logits = np.zeros((query.shape[1], len(ids)))
         if rounds_weights:
-            logit_error += abs(scale) * np.abs(queries[t, :, :rank] @ _rounding(cache, ids, rank, width - rank).T)
-        relative = logit_error + EPS32 * np.abs(logits - logits.max(-1, keepdims=True)) + EXP_ERROR
-        values, n = np.abs(rows[:, :rank]), len(ids)
-        moved = (weights * relative).sum(-1)
-        magnitude = np.abs(out[t])
-        out_bound[t] = (weights * relative) @ values + moved[:, None] * magnitude
-        out_bound[t] += growth(n + 2) * (weights @ values + magnitude) + eps_out * magnitude
-        if rounds_weights:
-            shares = EPS16 * weights
-            spread = CONFIDENCE / np.sqrt(3) * np.sqrt(np.square(shares) @ np.square(values)) + EPS16 * magnitude
-            out_bound[t] += np.minimum(shares @ values, spread)
-        lse_bound[t] = moved + growth(n + 2) + 4 * EPS32 * np.abs(lse[t])
+            moved_logits += abs(scale) * np.abs(queries[t, :, :rank] @ _rounding(cache, ids, rank, width - rank).T)
+        row = AttentionRow(queries[t], rows, scale, out[t], lse[t], moved_logits)
+        out_bound[t], lse_bound[t] = row.bounds(eps_out, rounds_weights=rounds_weights)
     return out_bound, lse_bound
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """A token's exact attention over n rows, of which the leading numbers are the value.
+
+    Attributes:
+        queries: [heads, width] float64.
+        rows: [n, width] float64.
+        scale: Of the logits.
+        out: [heads, value numbers] float64.
+        lse: [heads] float64.
+        moved_logits: [heads, n] float64, by how much more than by rounding a logit may be off.
+        sinks: [heads]; None: there are none.
+    """
+
+    queries: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    scale: float
+    out: NDArray[np.float64]
+    lse: NDArray[np.float64]
+    moved_logits: NDArray[np.float64]
+    sinks: NDArray[np.float32] | None = None
+
+    def bounds(self, eps_out: float, *, rounds_weights: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of out and lse. A sink is one more weight, whose row is zero; its error is that of the largest logit."""
+        width, n = self.rows.shape[1], len(self.rows)
+        logits = self.scale * (self.queries @ self.rows.T)
+        largest = logits.max(-1, keepdims=True)
+        logit_error = growth(width + 2) * abs(self.scale) * (np.abs(self.queries) @ np.abs(self.rows).T)
+        logit_error += self.moved_logits
+        relative = logit_error + EPS32 * np.abs(logits - largest) + EXP_ERROR
+        shares = np.exp(logits - self.lse[:, None])
+        lse_bound = (shares * relative).sum(-1) + growth(n + 2) + 4 * EPS32 * np.abs(self.lse)
+
+        sinks = np.full(len(self.lse), -np.inf) if self.sinks is None else self.sinks.astype(np.float64)
+        whole = np.logaddexp(self.lse, sinks)
+        weights = np.exp(logits - whole[:, None])
+        moved = (weights * relative).sum(-1)
+        has_sink = np.isfinite(sinks)
+        distance = np.abs(np.where(has_sink, sinks, largest[:, 0]) - largest[:, 0])
+        sink_share = np.where(has_sink, np.exp(sinks - whole), 0.0)
+        moved += sink_share * (logit_error.max(-1) + EPS32 * distance + EXP_ERROR)
+        values, magnitude = np.abs(self.rows[:, : self.out.shape[1]]), np.abs(self.out)
+        out_bound = (weights * relative) @ values + moved[:, None] * magnitude
+        out_bound += growth(n + 2) * (weights @ values + magnitude) + eps_out * magnitude
+        if rounds_weights:
+            lost = EPS16 * weights
+            spread = CONFIDENCE / np.sqrt(3) * np.sqrt(np.square(lost) @ np.square(values)) + EPS16 * magnitude
+            out_bound += np.minimum(lost @ values, spread)
+        return out_bound, lse_bound
 
 
 def _rounding(cache: NDArray[Any], ids: NDArray[Any], rank: int, rope_dim: int) -> NDArray[np.float64]:

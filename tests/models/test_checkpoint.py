@@ -385,10 +385,13 @@ NAN_AT_THE_END = f32([[1.0, 2.0], [3.0, math.nan]])
         ({"x": bf16([math.inf])}, "x: inf at (0,), expected finite numbers"),
         (A | {"w": NAN_AT_THE_END}, "w: nan at (1, 1), expected finite numbers"),
         (A | {"w_scale_inv": f32([[1.0]])}, "w_scale_inv: there is no tensor w that it scales"),
-        (A | {"x_scale_inv": f32([1.0])}, "x_scale_inv: scales a tensor of dtype F32, expected F8_E4M3"),
-        (A | {"v": F8_WEIGHT}, "v: dtype F8_E4M3, but the tensor v_scale_inv is missing"),
+        (A | {"x_scale_inv": f32([1.0])}, "x_scale_inv: scales a tensor of dtype F32, expected F8_E4M3 or I8"),
+        (A | {"v": F8_WEIGHT}, "v: dtype F8_E4M3, but the tensor with its scales is missing"),
         (A | {"v": F8_WEIGHT, "v_scale_inv": f32(np.ones((2, 3)))}, "v_scale_inv: expected shape (2, 2), got (2, 3)"),
-        (A | {"v": F8_WEIGHT, "v_scale_inv": bf16(np.ones((2, 2)))}, "v_scale_inv: expected dtype F32, got BF16"),
+        (
+            A | {"v": F8_WEIGHT, "v_scale_inv": bf16(np.ones((2, 2)))},
+            "v_scale_inv: expected dtype F32 or F8_E8M0, got BF16",
+        ),
         (
             A | {"v": F8_WEIGHT, "v_scale_inv": f32([[1.0, 1.0], [math.inf, 1.0]])},
             "v_scale_inv: inf at (1, 0), expected finite numbers",

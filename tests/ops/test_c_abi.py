@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastdeploy_dsa.compressed_cache_layout import row_layout
 from fastdeploy_dsa.ops import reference
 from tests.kit.c_api import CApi, CCpu
 from tests.kit.cases import (
@@ -22,16 +23,30 @@ from tests.kit.cases import (
     SparseMlaCase,
     TopkCase,
 )
+from tests.kit.compressed_cases import (
+    CompressedMlaCase,
+    CompressedRowReadCase,
+    CompressedRowWriteCase,
+    InverseRopeCase,
+    KvCompressCase,
+)
 from tests.kit.headers import INCLUDE, Headers
 from tests.kit.implementation import Refused
 from tests.kit.poison import GuardedMemory
 
 OPS: dict[str, dict[str, Any]] = {
     "block_copy": BlockCopyCase().arguments(),
+    "compressed_mla": CompressedMlaCase(
+        window_counts=(40, 0, 5), entry_counts=(70, 0, 5), entry_block_rows=64
+    ).arguments(),
+    "compressed_row_read": CompressedRowReadCase().arguments(),
+    "compressed_row_write": CompressedRowWriteCase().arguments(),
     "index_key_write": IndexKeyWriteCase().arguments(),
     "index_query_quant": IndexQueryQuantCase().arguments(),
     "index_select": IndexerCase().selection_arguments(topk=8),
     "indexer_logits": IndexerCase().arguments(),
+    "inverse_rope": InverseRopeCase().arguments(),
+    "kv_compress": KvCompressCase(head_dim=128, entry_kind="index_key").arguments(),
     "layer_write": LayerWriteCase().arguments(),
     "mla_cache_write": MlaCacheWriteCase().arguments(),
     "sparse_mla": SparseMlaCase(counts=(70, 0, 5)).arguments(),
@@ -44,14 +59,18 @@ FIELDS = [
     if name not in {"workspace", "workspace_bytes"}
 ]
 POINTERS = [(op, name) for op, name, kind in FIELDS if kind is ctypes.c_void_p]
-NO_COUNTS = ("_format", "_stride", "max_logits_bytes", "batch_invariant")  # codes, distances, a budget, a switch
+CODES = ("_format", "_kind")
+NO_COUNTS = (*CODES, "_stride", "max_logits_bytes", "batch_invariant")  # codes, distances, a budget, a switch
 COUNTS = [
     (op, name)
     for op, name, kind in FIELDS
     if kind in {ctypes.c_int32, ctypes.c_int64} and not name.endswith(NO_COUNTS)
 ]
-FORMATS = [(op, name) for op, name, _ in FIELDS if name.endswith("_format")]
-ID_LIMITS = [(op, "num_blocks") for op in ("index_select", "sparse_mla", "topk_slots")]
+FORMATS = [(op, name) for op, name, _ in FIELDS if name.endswith(CODES)]
+ID_LIMITS = [
+    *((op, "num_blocks") for op in ("index_select", "sparse_mla", "topk_slots")),
+    *(("compressed_mla", name) for name in ("window_num_blocks", "entry_num_blocks")),
+]
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,9 @@ def test_a_cache_with_more_slots_than_int32_is_refused(c_implementation: CApi, o
         assert status_of(c_implementation, op, **{name: num_blocks}) == "DSA_BAD_SHAPE"
 
 
-@pytest.mark.parametrize("op", ["index_select", "indexer_logits", "sparse_mla", "topk_slots"])
+@pytest.mark.parametrize(
+    "op", ["compressed_mla", "index_select", "indexer_logits", "kv_compress", "sparse_mla", "topk_slots"]
+)
 def test_a_workspace_that_is_too_small_is_refused(c_implementation: CApi, op: str) -> None:
     params = host_params(c_implementation, op)
     needed = c_implementation.workspace_bytes(op, params)
@@ -171,12 +192,54 @@ def test_latent_offsets_of_the_library_are_those_of_the_reference(
     assert library.call("dsa_latent_row_bytes", fp8, kv_lora_rank, qk_rope_head_dim) == fields.row_bytes
 
 
+@pytest.mark.parametrize("value_dim", [2, 62, 64, 66, 448, 512, 514, 1024])
+@pytest.mark.parametrize("qk_rope_head_dim", [2, 32, 64])
+@pytest.mark.parametrize("block_rows", [1, 2, 64])
+def test_bytes_of_compressed_rows_are_those_of_the_reference_and_of_the_cache_layout(
+    c_implementation: CApi, value_dim: int, qk_rope_head_dim: int, block_rows: int
+) -> None:
+    library, head_dim = c_implementation.library, value_dim + qk_rope_head_dim
+    memory = np.zeros((1, 1 << 20), np.uint8)
+    data, scales = reference.compressed.compressed_block_fields(memory, block_rows, head_dim, qk_rope_head_dim)
+    for cache_format in ("fp8", "bfloat16", "float32"):
+        code = library.headers.constants[f"DSA_{cache_format}".upper()]
+        fields = row_layout(cache_format, head_dim, qk_rope_head_dim).fields
+        stored = sum(field.num_bytes for field in fields if field.name != "scale")
+        scale = sum(field.num_bytes for field in fields if field.name == "scale")
+        assert library.call("dsa_compressed_row_data_bytes", code, head_dim, qk_rope_head_dim) == stored
+        assert library.call("dsa_compressed_row_scale_bytes", code, head_dim, qk_rope_head_dim) == scale
+        block_bytes = library.call("dsa_compressed_block_bytes", code, block_rows, head_dim, qk_rope_head_dim)
+        assert block_bytes == block_rows * (stored + scale)
+        if cache_format == "fp8":
+            assert (stored, scale) == (data.shape[2], scales.shape[2])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "qk_rope_head_dim", "block_rows"),
+    [(64, 64, 2), (64, 0, 2), (64, -2, 2), (64, 3, 2), (65, 2, 2), (0, 2, 2), (512, 64, 0), (512, 64, -1)],
+)
+def test_sizes_without_a_layout_have_no_bytes(
+    c_implementation: CApi, head_dim: int, qk_rope_head_dim: int, block_rows: int
+) -> None:
+    library = c_implementation.library
+    fp8 = library.headers.constants["DSA_FP8"]
+    assert library.call("dsa_compressed_block_bytes", fp8, block_rows, head_dim, qk_rope_head_dim) == -1
+    assert library.call("dsa_compressed_block_bytes", 77, 2, 512, 64) == -1
+
+
+def test_the_reference_and_the_headers_agree_on_the_scales_of_compressed_rows(c_implementation: CApi) -> None:
+    constants = c_implementation.library.headers.constants
+    assert constants["DSA_COMPRESSED_GROUP"] == reference.compressed.VALUE_GROUP
+    assert constants["DSA_COMPRESSED_SCALE_ALIGNMENT"] == reference.compressed.SCALE_ALIGNMENT
+
+
 def test_the_reference_and_the_headers_agree_on_the_group_of_a_scale(c_implementation: CApi) -> None:
     assert c_implementation.library.headers.constants["DSA_LATENT_GROUP"] == reference.caches.LATENT_GROUP
 
 
-def test_an_lse_that_nobody_wants_is_not_needed(c_implementation: CApi) -> None:
-    fields = fields_of(c_implementation, "sparse_mla")
-    out, _ = c_implementation.sparse_mla(**OPS["sparse_mla"])
-    c_implementation.call("sparse_mla", GuardedMemory(), **fields | {"lse": None})
+@pytest.mark.parametrize("op", ["compressed_mla", "sparse_mla"])
+def test_an_lse_that_nobody_wants_is_not_needed(c_implementation: CApi, op: str) -> None:
+    fields = fields_of(c_implementation, op)
+    out, _ = getattr(c_implementation, op)(**OPS[op])
+    c_implementation.call(op, GuardedMemory(), **fields | {"lse": None})
     assert np.array_equal(fields["out"], out)

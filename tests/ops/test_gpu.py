@@ -25,6 +25,13 @@ from tests.kit.cases import (
 )
 from tests.kit.checks import assert_same_selection, check_attention
 from tests.kit.compare import assert_same
+from tests.kit.compressed_cases import (
+    CompressedMlaCase,
+    CompressedRowReadCase,
+    CompressedRowWriteCase,
+    InverseRopeCase,
+    KvCompressCase,
+)
 from tests.kit.implementation import Implementation
 from tests.kit.poison import invalid_ids
 from tests.ops.test_indexer_logits import visible
@@ -33,9 +40,14 @@ from tests.ops.test_sparse_mla import rows_of
 FORMATS: list[Format] = ["fp8", "bfloat16", "float32"]
 CASES: dict[str, Any] = {
     "block_copy": BlockCopyCase(),
+    "compressed_mla": CompressedMlaCase(query_format="bfloat16", window_counts=(40, 0, 5), entry_counts=(70, 0, 5)),
+    "compressed_row_read": CompressedRowReadCase(),
+    "compressed_row_write": CompressedRowWriteCase(),
     "index_key_write": IndexKeyWriteCase(),
     "index_query_quant": IndexQueryQuantCase(),
     "indexer_logits": IndexerCase(),
+    "inverse_rope": InverseRopeCase(),
+    "kv_compress": KvCompressCase(),
     "layer_write": LayerWriteCase(),
     "mla_cache_write": MlaCacheWriteCase(),
     "sparse_mla": SparseMlaCase(query_format="bfloat16", counts=(70, 0, 5)),
@@ -58,7 +70,8 @@ def results(implementation: Implementation, op: str) -> dict[str, NDArray[Any]]:
     arrays = [] if made is None else list(made) if isinstance(made, tuple) else [made]
     if op == "indexer_logits":
         arrays = [visible(arrays[0], arguments["lengths"])]
-    changed = [arguments[name] for name in ("cache", "latent_cache", "index_cache", "dst") if name in arguments]
+    targets = ("cache", "latent_cache", "index_cache", "state_cache", "entry_cache", "dst", "x")
+    changed = [arguments[name] for name in targets if name in arguments]
     return {f"result {i}": array for i, array in enumerate([*arrays, *changed])}
 
 

@@ -10,6 +10,7 @@ from fastdeploy_dsa.ops.reference import IndexSelection
 from tests.kit.c_api import CApi
 from tests.kit.cases import Format, IndexerCase
 from tests.kit.checks import assert_same_selection, check_index_select
+from tests.kit.compare import assert_same
 from tests.kit.implementation import Implementation
 
 FORMATS: list[Format] = ["fp8", "bfloat16", "float32"]
@@ -191,3 +192,26 @@ def test_a_wider_bound_of_lengths_changes_nothing(implementation: Implementation
     narrow = implementation.index_select(**arguments)
     wide = implementation.index_select(**arguments | {"max_length": 5 * arguments["max_length"]})
     assert_same_selection(wide, narrow)
+
+
+def with_filled_up_blocks(implementation: Implementation, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A cache with gaps as the implementation takes it: as it is, or with the gaps as parts of blocks of bytes."""
+    cache = arguments["index_cache"]
+    if implementation.takes_block_gaps:
+        return arguments
+    blocks = np.lib.stride_tricks.as_strided(cache, (len(cache), cache.strides[0]), (cache.strides[0], 1))
+    return arguments | {"index_cache": blocks, "block_size": cache.shape[1]}
+
+
+@pytest.mark.parametrize("lengths", [(130, 1, 0, 64, 65, 200), (300,)])
+def test_v4_s34_fp8_blocks_of_8640_bytes_hold_8448_bytes_of_keys(
+    implementation: Implementation, lengths: tuple[int, ...]
+) -> None:
+    case, filled_up = IndexerCase(lengths=lengths), IndexerCase(lengths=lengths, gap_bytes=8640 - 8448)
+    expected = implementation.index_select(**case.selection_arguments(topk=50))
+    arguments = with_filled_up_blocks(implementation, filled_up.selection_arguments(topk=50))
+    assert_same_selection(implementation.index_select(**arguments), expected)
+    scores = implementation.indexer_logits(**case.arguments())
+    padded = implementation.indexer_logits(**with_filled_up_blocks(implementation, filled_up.arguments()))
+    visible = np.arange(scores.shape[1]) < np.array(lengths)[:, None]
+    assert_same(padded, scores, "scores", mask=visible)

@@ -12,7 +12,7 @@ from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.sampler import Purpose, most_likely, pick, token_weights, uniform
 from fastdeploy_dsa.engine.speculative.acceptance import Draft
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
-from fastdeploy_dsa.engine.step_inputs import StepInputs
+from fastdeploy_dsa.engine.step_inputs import BlockTables, StepInputs
 
 
 class DraftOutputs(NamedTuple):
@@ -84,12 +84,12 @@ Drafts = dict[Request, list[Draft]]
 class LookAhead(Protocol):
     """A way to read along with the target, and to look ahead of it."""
 
-    def draft(self, readings: Sequence[Reading], block_table: npt.NDArray[np.int32]) -> Drafts:
+    def draft(self, readings: Sequence[Reading], tables: BlockTables) -> Drafts:
         """Write the draft entries of what is to be read, and propose drafts where they are wanted.
 
         Args:
             readings: Not empty.
-            block_table: The scheduler's; has blocks for the drafts.
+            tables: The scheduler's; they have blocks for the drafts.
 
         Raises:
             NonFiniteLogitsError: Of the draft model.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.speculative.draft_runner import (
@@ -16,7 +15,7 @@ from fastdeploy_dsa.engine.speculative.draft_runner import (
     undrafted_rows,
 )
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
-from fastdeploy_dsa.engine.step_inputs import StepInputs, lines_of
+from fastdeploy_dsa.engine.step_inputs import BlockTables, StepInputs
 
 
 class IteratedLayer:
@@ -35,10 +34,10 @@ class IteratedLayer:
         self._runner = runner
         self._block_size = block_size
 
-    def draft(self, readings: Sequence[Reading], block_table: npt.NDArray[np.int32]) -> Drafts:
+    def draft(self, readings: Sequence[Reading], tables: BlockTables) -> Drafts:
         """As LookAhead.draft."""
         rows = [rows for reading in readings for rows in undrafted_rows(reading.request)]
-        outputs = self._runner.run(self._inputs_behind(readings, block_table), rows)
+        outputs = self._runner.run(self._inputs_behind(readings, tables), rows)
         wanted = {reading.request: reading.num_drafts for reading in readings if reading.num_drafts}
         drafts: Drafts = {request: [] for request in wanted}
         drafting, first = list(drafts), outputs
@@ -50,7 +49,7 @@ class IteratedLayer:
             if ahead:
                 places = [drafting.index(request) for request in ahead]
                 outputs = self._runner.run(
-                    self._inputs_ahead(ahead, drafts, block_table),
+                    self._inputs_ahead(ahead, drafts, tables),
                     [HiddenRows(outputs.hidden, place, place + 1) for place in places],
                     selection=first.selection,
                     selection_rows=[list(drafts).index(request) for request in ahead],
@@ -58,7 +57,7 @@ class IteratedLayer:
             drafting = ahead
         return drafts
 
-    def _inputs_behind(self, readings: Sequence[Reading], block_table: npt.NDArray[np.int32]) -> StepInputs:
+    def _inputs_behind(self, readings: Sequence[Reading], tables: BlockTables) -> StepInputs:
         """Rows of iteration 0; logits of the last row of every request that gets drafts."""
         counts = [reading.end - reading.begin for reading in readings]
         ends = np.cumsum(counts)
@@ -69,21 +68,19 @@ class IteratedLayer:
             ),
             positions=np.concatenate([np.arange(begin, end) for _, begin, end, _ in readings]),
             request_ids=np.repeat(np.arange(len(readings)), counts),
-            block_table=lines_of([reading.request for reading in readings], block_table),
+            tables=tables.of([reading.request for reading in readings]),
             logits_rows=ends[is_wanted] - 1,
             block_size=self._block_size,
         )
 
-    def _inputs_ahead(
-        self, ahead: Sequence[Request], drafts: Drafts, block_table: npt.NDArray[np.int32]
-    ) -> StepInputs:
+    def _inputs_ahead(self, ahead: Sequence[Request], drafts: Drafts, tables: BlockTables) -> StepInputs:
         """Rows of a later iteration: one per request, with its newest draft."""
         rows = np.arange(len(ahead))
         return StepInputs.of_rows(
             token_ids=np.array([drafts[request][-1].token for request in ahead]),
             positions=np.array([request.num_tokens - 2 + len(drafts[request]) for request in ahead]),
             request_ids=rows,
-            block_table=lines_of(ahead, block_table),
+            tables=tables.of(ahead),
             logits_rows=rows,
             block_size=self._block_size,
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
-from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
+from fastdeploy_dsa.attention.backend import AttentionBackend
 from fastdeploy_dsa.engine.speculative.draft_runner import DraftOutputs
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
 from fastdeploy_dsa.engine.step_inputs import StepInputs
-from fastdeploy_dsa.models import MtpModel
+from fastdeploy_dsa.models import DraftModel
 from fastdeploy_dsa.ops import IndexSelection
 
 _COST_OF_VERIFYING = 0.075
@@ -34,8 +35,8 @@ class MtpRunner:
 
     def __init__(
         self,
-        models: Sequence[MtpModel],
-        attn_backend: DSAAttentionBackend,
+        models: Sequence[DraftModel],
+        attn_backend: AttentionBackend,
         caches: Mapping[tuple[str, int], Tensor],
         *,
         block_size: int,
@@ -49,13 +50,12 @@ class MtpRunner:
             block_size: Tokens of a cache block.
         """
         self._models = models
-        self._attn_backend = attn_backend
+        self._attn_backend: Any = attn_backend  # the one that the models were made for
         self._caches = caches
         self._block_size = block_size
-        config = models[0].config
-        self._shares_selection = config.index_share_for_mtp_iteration and len(models) == 1
+        self._shares_selection = models[0].shares_selection and len(models) == 1
         self.layer_ids: Sequence[int] = [model.layer_id for model in models]
-        self.cost = 1.0 / config.num_hidden_layers + _COST_OF_VERIFYING
+        self.cost = 1.0 / models[0].config.num_hidden_layers + _COST_OF_VERIFYING
 
     def run(
         self,
@@ -90,7 +90,7 @@ class MtpRunner:
         return DraftOutputs(logits, normed, used if self._shares_selection else None)
 
     @staticmethod
-    def _logits(model: MtpModel, normed: Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def _logits(model: DraftModel, normed: Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         if len(rows) == 0:
             return _NO_LOGITS
         asking = normed if len(rows) == normed.shape[0] else paddle.index_select(normed, paddle.to_tensor(rows))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.speculative.config import SpeculativeConfig
 from fastdeploy_dsa.engine.speculative.draft_length import DraftLength
@@ -15,10 +12,8 @@ from fastdeploy_dsa.engine.speculative.iterated_layer import IteratedLayer
 from fastdeploy_dsa.engine.speculative.stacked_layers import StackedLayers
 from fastdeploy_dsa.engine.speculative.state import DraftState, HiddenRows
 from fastdeploy_dsa.engine.speculative.stats import SpeculativeStats
-from fastdeploy_dsa.engine.step_plan import Chunk
-
-_MOST_UNDRAFTED = 32
-"""A request that gets no drafts is caught up on in groups of rows, which take hardly longer than one row."""
+from fastdeploy_dsa.engine.step_inputs import BlockTables
+from fastdeploy_dsa.engine.step_plan import MAX_UNDRAFTED, Chunk
 
 
 class Proposer:
@@ -53,13 +48,13 @@ class Proposer:
         self.stats.observe(num_drafts, num_accepted)
         _state(request).length.observe(num_drafts, num_accepted)
 
-    def propose(self, chunks: Sequence[Chunk], hidden: object, block_table: npt.NDArray[np.int32]) -> None:
+    def propose(self, chunks: Sequence[Chunk], hidden: object, tables: BlockTables) -> None:
         """Catch up with a step and give the requests whose next token it computed their drafts.
 
         Args:
             chunks: Of the step; new tokens are taken over, entries not yet committed.
             hidden: The target's hidden states of all rows of the step.
-            block_table: The scheduler's; has blocks for the drafts.
+            tables: The scheduler's; they have blocks for the drafts.
 
         Raises:
             NonFiniteLogitsError: Of the draft model. No request gets drafts; what is caught up on will be again.
@@ -72,7 +67,7 @@ class Proposer:
             if reading.num_drafts or self._must_catch_up(chunk.request):
                 readings.append(reading)
         if readings:
-            drafts = self._look_ahead.draft(readings, block_table)
+            drafts = self._look_ahead.draft(readings, tables)
             for reading in readings:
                 _state(reading.request).keep_undrafted(self._num_unsettled(reading))
             for request, proposed in drafts.items():
@@ -95,8 +90,11 @@ class Proposer:
 
     @staticmethod
     def _must_catch_up(request: Request) -> bool:
-        """Rows of a request that ends are due as well: its blocks may serve others."""
-        return request.finish_reason is not None or _state(request).num_undrafted >= _MOST_UNDRAFTED
+        """Rows of a request that ends are due as well: its blocks may serve others.
+
+        One that gets no drafts is caught up on in groups of rows, which take hardly longer than one row.
+        """
+        return request.finish_reason is not None or _state(request).num_undrafted >= MAX_UNDRAFTED
 
 
 def _state(request: Request) -> DraftState:

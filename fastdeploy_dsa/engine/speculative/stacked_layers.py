@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastdeploy_dsa.engine.request import Request
 from fastdeploy_dsa.engine.speculative.draft_runner import (
@@ -18,7 +17,7 @@ from fastdeploy_dsa.engine.speculative.draft_runner import (
     undrafted_rows,
 )
 from fastdeploy_dsa.engine.speculative.state import HiddenRows
-from fastdeploy_dsa.engine.step_inputs import StepInputs, lines_of
+from fastdeploy_dsa.engine.step_inputs import BlockTables, StepInputs
 
 
 class _Span(NamedTuple):
@@ -45,7 +44,7 @@ class StackedLayers:
         self._runner = runner
         self._block_size = block_size
 
-    def draft(self, readings: Sequence[Reading], block_table: npt.NDArray[np.int32]) -> Drafts:
+    def draft(self, readings: Sequence[Reading], tables: BlockTables) -> Drafts:
         """As LookAhead.draft."""
         drafts: Drafts = {reading.request: [] for reading in readings if reading.num_drafts}
         hidden = [rows for reading in readings for rows in undrafted_rows(reading.request)]
@@ -54,7 +53,7 @@ class StackedLayers:
             if not spans:
                 break
             asking = [reading.request for reading in readings if layer < reading.num_drafts]
-            inputs = self._inputs(spans, drafts, layer, asking, block_table)
+            inputs = self._inputs(spans, drafts, layer, asking, tables)
             feeds_next = np.arange(len(inputs.token_ids)) if layer < last else None
             outputs = self._runner.run(inputs, hidden, layer=layer, hidden_rows=feeds_next)
             for place, request in enumerate(asking):
@@ -91,7 +90,7 @@ class StackedLayers:
         drafts: Drafts,
         layer: int,
         asking: Sequence[Request],
-        block_table: npt.NDArray[np.int32],
+        tables: BlockTables,
     ) -> StepInputs:
         """Rows of a layer; logits of the last row of every request that asks for a draft of it."""
         tokens = []
@@ -106,7 +105,7 @@ class StackedLayers:
             token_ids=np.concatenate(tokens),
             positions=np.concatenate([np.arange(span.begin, span.end) for span in spans]),
             request_ids=np.repeat(np.arange(len(spans)), counts),
-            block_table=lines_of([span.request for span in spans], block_table),
+            tables=tables.of([span.request for span in spans]),
             logits_rows=ends[[span.request in asking for span in spans]] - 1,
             block_size=self._block_size,
         )

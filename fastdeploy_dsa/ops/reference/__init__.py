@@ -14,6 +14,13 @@ from fastdeploy_dsa.ops.reference.caches import (
     read_index_keys,
     read_latent_rows,
 )
+from fastdeploy_dsa.ops.reference.compressed import (
+    compressed_mla,
+    compressed_row_read,
+    compressed_row_write,
+    inverse_rope,
+    kv_compress,
+)
 from fastdeploy_dsa.ops.reference.indexer import (
     IndexSelection,
     index_query_quant,
@@ -39,6 +46,9 @@ __all__ = [
     "bf16_round",
     "block_copy",
     "ceil_pow2",
+    "compressed_mla",
+    "compressed_row_read",
+    "compressed_row_write",
     "decode",
     "e4m3_decode",
     "e4m3_encode",
@@ -46,6 +56,8 @@ __all__ = [
     "index_query_quant",
     "index_select",
     "indexer_logits",
+    "inverse_rope",
+    "kv_compress",
     "layer_write",
     "merge_attention",
     "mla_cache_write",
