@@ -115,7 +115,6 @@ __device__ __forceinline__ void prefetch_row(const RowPart& part, int64_t token)
 }
 
 __global__ void __launch_bounds__(kWriteThreads) compressed_row_write_kernel(const __grid_constant__ RowPart part) {
-    overlap_next_kernel();
     const int64_t stride = (int64_t)part.num_blocks * kWriteWarps;
     const int64_t first = (int64_t)blockIdx.x * kWriteWarps + threadIdx.x / 32;
     if (first < part.num_tokens) prefetch_row(part, first);

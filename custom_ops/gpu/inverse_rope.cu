@@ -67,7 +67,6 @@ __device__ __forceinline__ void rotate_unit(uint8_t* x, const float* cos, const 
 template <int kPairs, dsa_format kFormat>
 __global__ void __launch_bounds__(kWriteThreads) inverse_rope_kernel(const __grid_constant__ Rotation call) {
     constexpr int64_t kUnitBytes = 2 * kPairs * (kFormat == DSA_BFLOAT16 ? 2 : 4);
-    overlap_next_kernel();
     wait_for_inputs();
     const int64_t stride = (int64_t)call.num_blocks * kWriteThreads;
     for (int64_t i = (int64_t)blockIdx.x * kWriteThreads + threadIdx.x; i < call.num_units; i += stride) {

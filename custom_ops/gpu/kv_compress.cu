@@ -437,7 +437,6 @@ template <int kWide>
 __global__ void __launch_bounds__(kMaxThreads, 1) kv_compress_kernel(const __grid_constant__ Compress call) {
     extern __shared__ float4 shared_memory[];
     const bool makes_entries = (int)blockIdx.x < call.num_entry_blocks;
-    overlap_next_kernel();
     if (makes_entries && (int)threadIdx.x < call.head_dim) prefetch_line(call.norm_weight + threadIdx.x);
     wait_for_inputs();
     if (makes_entries)

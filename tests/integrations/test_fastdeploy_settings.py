@@ -154,6 +154,14 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(tmp_path: Path)
         served_model(fd_config(tmp_path, 61))
 
 
+def test_models_that_only_the_engine_runs_are_refused(tmp_path: Path) -> None:
+    content = (CONFIGS / "deepseek_v4_flash.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(PluginError) as caught:
+        served_model(fd_config(tmp_path, json.loads(content)["num_hidden_layers"]))
+    assert str(caught.value).endswith("served with sparse attention: DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM")
+
+
 def test_other_layer_counts_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=r"FastDeploy runs 60 layers, config\.json has 61"):
         served_model(fd_config(checkpoint(tmp_path), 60))

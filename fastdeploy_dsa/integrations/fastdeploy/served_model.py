@@ -9,13 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastdeploy_dsa.config import MODEL_TYPE_OF_ARCHITECTURE, DsaConfig
+from fastdeploy_dsa.config import MODELS, DsaConfig
 from fastdeploy_dsa.integrations.fastdeploy.errors import PluginError
 from fastdeploy_dsa.integrations.fastdeploy.settings import VARIABLE, Settings, read_settings
 from fastdeploy_dsa.ops import CacheFormat
 
-ARCHITECTURES = tuple(MODEL_TYPE_OF_ARCHITECTURE)
-"""What the plug-in serves with sparse attention."""
+ARCHITECTURES = tuple(model.architecture for model in MODELS if model.family == "dsa")
+"""What the plug-in serves; the engine runs more models, for which FastDeploy has no layers."""
 
 DRAFT_MODEL_TYPE = "mtp"  # what FastDeploy's proposer writes into the draft's speculative_config.model_type
 
