@@ -13,6 +13,7 @@ trap 'rm -rf "$logs"' EXIT
 grid=tests/ops/test_gpu_grid.py
 selection=(
     tests/ops/test_gpu.py
+    tests/ops/test_gpu_compressed.py
     "$grid::test_attention_of_any_number_of_rows[c_cuda-16-4]"
     "$grid::test_attention_of_any_number_of_rows[c_cuda-64-133]"
     "$grid::test_attention_of_any_number_of_rows[c_cuda-128-65]"

@@ -54,7 +54,7 @@ class CCuda(CApi):
         try:
             ready = [(op, self._params_on_device(op, fields, copies, memory)) for op, fields in calls]
             copies.upload(stream)
-            statuses = self._enqueue(ready, stream)
+            statuses = self._enqueue(ready, stream, restore=lambda: copies.upload(stream))
             copies.download(stream)
             stream.wait()
         finally:
@@ -77,9 +77,13 @@ class CCuda(CApi):
 
     def status_of_call(self, op: str, params: ctypes.Structure) -> int:
         """Of a call whose params hold addresses of the host: only for calls that are refused."""
-        return self._enqueue([(op, params)], Stream(is_default=True))[0]
+        return self._enqueue([(op, params)], Stream(is_default=True), restore=lambda: None)[0]
 
-    def _enqueue(self, calls: Sequence[tuple[str, ctypes.Structure]], stream: Stream) -> list[int]:
+    def _enqueue(
+        self, calls: Sequence[tuple[str, ctypes.Structure]], stream: Stream, restore: Callable[[], None]
+    ) -> list[int]:
+        """`restore` enqueues what brings the inputs back: ops that work in place are called more than once here."""
+
         def enqueue() -> list[int]:
             return [
                 int(str(self.library.call(f"dsa_{op}_cuda", ctypes.byref(params), stream.handle)))
@@ -93,8 +97,9 @@ class CCuda(CApi):
         graph.begin()
         statuses = enqueue()
         graph.end()
-        graph.launch()
-        graph.launch()
+        for _ in range(2):
+            restore()
+            graph.launch()
         stream.wait()
         graph.close()
         return statuses
