@@ -26,7 +26,8 @@ checked against the float64 definition first. Both sides took turns in one proce
 with cold caches, its own threads awake and the other side's asleep. Times are medians with quartiles. `bound` is the
 larger of bytes over the copy rate and FLOPs over the matmul rate of this machine, `share` the bound over our time;
 it exceeds 100 % where our kernels do more than Paddle's matmul, which sets the rate. `required` is what the project
-promises; one attention row over a cold float32 or bfloat16 cache was measured below five and is not promised."""
+promises; attention of one row over a cold float32 or bfloat16 cache, and of 64 heads over float32, was measured below
+that and is not promised."""
 COLUMNS = ("op", "case", "ours", "Paddle", "ratio", "required", "bound", "share")
 
 
