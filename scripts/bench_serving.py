@@ -89,7 +89,8 @@ def read_trace(path: Path) -> list[TraceRequest]:
     requests = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            requests.append(TraceRequest(**json.loads(line)))
+            request = TraceRequest(**json.loads(line))
+            requests.append(TraceRequest(float(request.at), request.prompt, request.max_tokens))
         except (ValueError, TypeError) as error:
             expected = '{"at": seconds, "prompt": ..., "max_tokens": ...}'
             raise ValueError(f"{path}, line {number}: expected {expected}: {error}") from error
@@ -240,7 +241,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--num-prefixes", type=int, default=4, help="different prefixes (default: %(default)s)")
     made.add_argument("--max-tokens", type=int, default=32)
     made.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, low in (("concurrency", 1), ("num_requests", 1), ("num_prefixes", 1), ("prompt_words", 0)):
+        if getattr(options, name) < low:
+            parser.error(f"--{name.replace('_', '-')}: expected {low} or more, got {getattr(options, name)}")
+    if not options.rate > 0:
+        parser.error(f"--rate: expected more than 0, got {options.rate}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,9 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--goldens", type=Path, default=default_golden_folder())
     folder = parser.parse_args().goldens
+    paths = [] if folder is None else sorted(folder.glob(COMPRESSED_CASES))
+    if not paths:
+        parser.error(f"--goldens: expected a folder with {COMPRESSED_CASES}, got {str(folder)!r}")
     print("| case | cache | from golden | sets as golden | from float64 | bound | chunk sizes with the same bits |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for path in sorted(folder.glob(COMPRESSED_CASES)):
+    for path in paths:
         for cache_format in FORMATS:
             print(row(GoldenCase(path), cache_format), flush=True)
 

@@ -22,7 +22,7 @@ FORMATS: tuple[CacheFormat, ...] = ("fp8", "bfloat16", "float32")
 CONFIG = CompressedConfig.from_pretrained(ROOT / "tests" / "configs" / "deepseek_v4_flash.json")
 
 
-@pytest.mark.parametrize(("column", "cache_format"), enumerate(FORMATS, start=2), ids=FORMATS)
+@pytest.mark.parametrize(("column", "cache_format"), tuple(enumerate(FORMATS, start=2)), ids=FORMATS)
 def test_the_table_of_caches_is_the_layout(column: int, cache_format: CacheFormat) -> None:
     spans = compressed_spans(
         compressed_sizes(CONFIG), cache_format=cache_format, layer_ids=tuple(range(CONFIG.num_layers))

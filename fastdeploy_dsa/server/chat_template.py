@@ -15,6 +15,8 @@ from fastdeploy_dsa.strict_json import read_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+# What expressions and filters raise for messages and options that the template was not written for.
+_REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -56,7 +58,7 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None, **self._special_tokens, **options}
         try:
             return self._template.render({**variables, "messages": messages, "add_generation_prompt": True})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _REFUSALS as error:
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
 
 

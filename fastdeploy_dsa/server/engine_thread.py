@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 from cache_manager import TransferTimeout
 from fastdeploy_dsa.engine import LLM, EngineCacheStats, RequestDelta, SamplingParams, TimeSplit
@@ -122,6 +122,7 @@ class EngineThread:
         self._loaded: Future[LLM] = Future()
         self._messages: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_stopping = False
+        self._stopping = Lock()  # a message that was let in comes before the thread's last look at the queue
         self._loop: asyncio.AbstractEventLoop | None = None
         # The engine thread's own.
         self._unfinished: dict[Generation, list[Request]] = {}
@@ -146,7 +147,8 @@ class EngineThread:
 
     def stop(self) -> None:
         """End what is unfinished and the thread; a second call does nothing more."""
-        self._is_stopping = True
+        with self._stopping:
+            self._is_stopping = True
         self._messages.put(lambda: None)
         self._thread.join()
 
@@ -156,8 +158,6 @@ class EngineThread:
         Raises:
             ApiError: The queue is full, the engine has failed, or it refuses a sequence: none is queued.
         """
-        if self._is_stopping:
-            raise shutting_down()
         if self.failure:
             raise engine_failure(self.failure, is_final=True)
         if self.num_unfinished + len(prompts) > self.capacity:
@@ -167,8 +167,8 @@ class EngineThread:
         self.num_unfinished += len(prompts)
         if self._timeout is not None:
             generation.timer = self._loop.call_later(self._timeout, generation.put, timed_out(self._timeout))
-        self._messages.put(partial(self._add, generation, prompts, params))
         try:
+            self._post(partial(self._add, generation, prompts, params))
             await generation.accepted()
         except BaseException:
             self.close(generation)
@@ -186,12 +186,22 @@ class EngineThread:
         self._messages.put(partial(self._abort, generation))
 
     async def statistics(self) -> EngineStatistics:
-        """As of the end of the step that runs now."""
-        if self._is_stopping:
-            raise shutting_down()
+        """As of the end of the step that runs now.
+
+        Raises:
+            ApiError: The server is shutting down.
+            Exception: What asking the LLM raised.
+        """
         answer: Future[EngineStatistics] = Future()
-        self._messages.put(partial(self._answer, answer))
+        self._post(partial(self._answer, answer))
         return await asyncio.wrap_future(answer)
+
+    def _post(self, message: Callable[[], None]) -> None:
+        """A message that somebody waits for."""
+        with self._stopping:
+            if self._is_stopping:
+                raise shutting_down()
+            self._messages.put(message)
 
     def _run(self) -> None:
         try:
@@ -242,7 +252,15 @@ class EngineThread:
         self._llm.abort(requests)
 
     def _answer(self, answer: Future[EngineStatistics]) -> None:
-        statistics = EngineStatistics(
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(self._statistics())
+        except Exception as error:  # noqa: BLE001 - `statistics` raises it
+            answer.set_exception(error)
+
+    def _statistics(self) -> EngineStatistics:
+        return EngineStatistics(
             num_running=self._llm.num_running,
             num_waiting=self._llm.num_waiting,
             num_generated_tokens=self._num_generated_tokens,
@@ -250,8 +268,6 @@ class EngineThread:
             cache=self._llm.cache_stats(),
             times=self._llm.time_split(),
         )
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(statistics)
 
     def _step(self) -> None:
         try:

@@ -145,7 +145,10 @@ def serve(model: Path, options: ServerOptions, **llm_options: Any) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections; a client that comes before the model is loaded waits."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

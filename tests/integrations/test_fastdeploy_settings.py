@@ -95,6 +95,18 @@ def test_a_version_without_sparse_attention_is_refused_with_all_that_is_missing(
         assert f"fastdeploy.{missing} is not there" in ran.stderr
 
 
+def test_a_version_whose_own_packages_are_missing_is_refused_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "fastdeploy" / "platforms").mkdir(parents=True)
+    (tmp_path / "fastdeploy" / "__init__.py").write_text("")
+    (tmp_path / "fastdeploy" / "envs.py").write_text("FD_ATTENTION_BACKEND = 'DSA_ATTN'\n")
+    (tmp_path / "fastdeploy" / "platforms" / "__init__.py").write_text("import a_package_that_nobody_has\n")
+    ran = python("-m", "fastdeploy_dsa.integrations.fastdeploy", PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 1
+    reason = "fastdeploy.platforms cannot be imported: No module named 'a_package_that_nobody_has'"
+    assert reason in ran.stderr
+    assert "fastdeploy.platforms is not there" not in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

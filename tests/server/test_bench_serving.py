@@ -15,6 +15,7 @@ import pytest
 from fastdeploy_dsa.server.serving import Server
 from tests.server.serving import metrics
 
+NO_TIME = '{"at": "soon", "prompt": "a", "max_tokens": 1}\n'
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_serving.py"
 
 
@@ -90,13 +91,25 @@ def test_what_cannot_be_sent_is_one_line(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.jsonl"
-    for content, words in (("", "empty file"), ('{"at": 0}\n', "line 1"), ("{\n", "line 1")):
+    for content, words in (("", "empty file"), ('{"at": 0}\n', "line 1"), ("{\n", "line 1"), (NO_TIME, "line 1")):
         trace.write_text(content, encoding="utf-8")
         assert bench.main(["--trace", str(trace)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
     assert bench.main(["--base-url", "http://127.0.0.1:9/v1", "--num-requests", "1"]) == 2
     assert capsys.readouterr().err == "bench_serving: error: Connection error.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("--concurrency", "0"), ("--num-prefixes", "0"), ("--rate", "0"), ("--rate", "nan")]
+)
+def test_an_option_out_of_its_range_is_named(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--base-url", "http://127.0.0.1:9/v1", name, value])
+    assert caught.value.code == 2
+    assert f"{name}: expected" in capsys.readouterr().err
 
 
 def test_the_summary_is_made_of_what_ended_well(bench: ModuleType) -> None:

@@ -116,3 +116,12 @@ def test_the_demo_models_template_writes_the_lines_it_was_trained_on() -> None:
         {"role": "user", "content": "And?"},
     ]
     assert rendered(DEMO_MODEL, messages) == "<bos>A fact.\nQ: What?\nA: That.\nQ: And?\nA:"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ limits | dictsort }}", "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(limits) }}"]
+)
+def test_an_option_that_the_template_cannot_work_with_is_the_requests_mistake(source: str) -> None:
+    template = ChatTemplate(source, origin=Path("here"), special_tokens={})
+    with pytest.raises(ValueError, match="messages: the model's chat template refuses them: "):
+        template.render([{"role": "user", "content": "a"}], {"limits": 5})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -14,7 +16,9 @@ import pytest
 
 from fastdeploy_dsa import LLM, SamplingParams
 from fastdeploy_dsa.engine.sampler import NonFiniteLogitsError
-from fastdeploy_dsa.server import serving
+from fastdeploy_dsa.server import engine_thread, serving
+from fastdeploy_dsa.server.engine_thread import EngineThread, Generation
+from fastdeploy_dsa.server.errors import ApiError
 from fastdeploy_dsa.server.serving import Server, ServerOptions
 from tests.kit.byte_tokenizer import save_byte_tokenizer
 from tests.kit.tiny_model import write_tiny_model
@@ -139,6 +143,34 @@ def test_an_engine_that_fails_while_it_takes_a_request_answers_it(
     assert httpx.get(f"{root(server)}/health").status_code == 503
 
 
+def test_statistics_that_fail_are_an_answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no blocks to count")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine._llm, "cache_stats", broken)
+        answer = httpx.get(f"{root(server)}/metrics", timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    assert "no blocks to count" in answer.json()["error"]["message"]
+    assert httpx.get(f"{root(server)}/metrics", timeout=10).status_code == 200
+
+
+def test_a_request_that_meets_the_end_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends just before the request is handed to it."""
+    engine = EngineThread(partial(LLM, tiny, num_threads=1), max_waiting=1)
+    prompts = engine.start().read([[1, 2]])
+
+    class Late(Generation):
+        def __init__(self, num_sequences: int) -> None:
+            super().__init__(num_sequences)
+            engine.stop()
+
+    monkeypatch.setattr(engine_thread, "Generation", Late)
+    with pytest.raises(ApiError, match="the server is shutting down"):
+        asyncio.run(asyncio.wait_for(engine.submit(prompts, [SamplingParams()]), timeout=10))
+    assert engine.num_unfinished == 0
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_request_that_takes_too_long_is_ended(tiny: Path, waits: bool) -> None:
     with running(tiny, options={"request_timeout": 0.4}, num_threads=1, max_num_seqs=1) as server:
@@ -203,6 +235,8 @@ def test_what_is_wrong_with_a_model_or_an_address_is_raised(tiny: Path, tmp_path
     port = int(root(server).rpartition(":")[2])
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         Server(tiny, ServerOptions(port=port))
+    with pytest.raises(OSError, match=r"cannot listen on no\.such\.invalid:0: "):
+        Server(tiny, ServerOptions(host="no.such.invalid", port=0))
     for wrong in ({"port": 65536}, {"max_waiting": -1}, {"request_timeout": 0.0}, {"served_model_name": ""}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ServerOptions(**wrong)  # type: ignore[arg-type]

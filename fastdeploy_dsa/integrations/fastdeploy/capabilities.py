@@ -115,9 +115,9 @@ def _obstacles() -> tuple[str, ...]:
     """What of REQUIRED is not there, each class once however many of its methods are asked for."""
     reasons: dict[str, None] = {}
     for name, parameters in REQUIRED.items():
-        known, found = _walk(name)
+        reason, found = _walk(name)
         if found is None:
-            reasons[f"{known} is not there"] = None
+            reasons[reason] = None
             continue
         accepted = inspect.signature(found).parameters if parameters else {}
         absent = [parameter for parameter in parameters if parameter not in accepted]
@@ -127,19 +127,22 @@ def _obstacles() -> tuple[str, ...]:
 
 
 def _walk(name: str) -> tuple[str, Any]:
-    """The object of a dotted name; else the part of the name up to the first thing missing, and None."""
-    parts = name.split(".")
+    """No reason and the object of a dotted name; else why it cannot be had, and None."""
+    parts, cause = name.split("."), ""
     for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length])
         try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # else that part of the name is a class, or not there
+                cause = f"{module} cannot be imported: {error}"
             continue
         for place, part in enumerate(parts[length:], start=length):
             found = getattr(found, part, None)
             if found is None:
-                return ".".join(parts[: place + 1]), None
-        return name, found
-    return parts[0], None
+                return cause or f"{'.'.join(parts[: place + 1])} is not there", None
+        return "", found
+    return cause or f"{parts[0]} is not there", None
 
 
 def _is_there(name: str) -> bool:
