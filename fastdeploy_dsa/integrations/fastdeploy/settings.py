@@ -19,7 +19,8 @@ from fastdeploy_dsa.wording import shown
 VARIABLE = "FD_DSA_CONFIG"
 
 SCHEDULE_KEYS = ("indexer_types", "index_topk_pattern", "index_topk_freq")
-MODEL_KEYS = ("use_index_cache", *SCHEDULE_KEYS, "index_skip_topk_offset")
+OFFSET_KEY = "index_skip_topk_offset"
+MODEL_KEYS = ("use_index_cache", *SCHEDULE_KEYS, OFFSET_KEY)
 """Keys of config.json that may be replaced; null removes one."""
 OWN_KEYS = ("cache_format",)
 
@@ -75,8 +76,8 @@ def _refuse_contradictions(overrides: Mapping[str, Any]) -> None:
         raise PluginError(f"{VARIABLE}: {' and '.join(schedules)} contradict each other: give one of them")
     if overrides.get("use_index_cache") is False and schedules:
         raise PluginError(f"{VARIABLE}: use_index_cache is false, yet {schedules[0]} is given: give one of them")
-    if overrides.get("index_skip_topk_offset") is not None and schedules not in ([], ["index_topk_freq"]):
-        raise PluginError(f"{VARIABLE}: index_skip_topk_offset goes with index_topk_freq, not with {schedules[0]}")
+    if overrides.get(OFFSET_KEY) is not None and schedules not in ([], ["index_topk_freq"]):
+        raise PluginError(f"{VARIABLE}: {OFFSET_KEY} goes with index_topk_freq, not with {schedules[0]}")
 
 
 def _sole_schedule(overrides: dict[str, Any]) -> dict[str, Any]:
