@@ -31,6 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL, once it says so."""
     command = [sys.executable, "-m", "fastdeploy_dsa", "serve", "--port", "0", *map(str, arguments)]
+    # A background job of a shell ignores SIGINT, and so would what it starts; behind a handler here it does not.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -39,6 +41,7 @@ def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
             yield process, line.split()[-1]
         finally:
             process.kill()
+            signal.signal(signal.SIGINT, inherited)
 
 
 def complaint(*arguments: object, environment: dict[str, str] | None = None) -> str:
