@@ -67,12 +67,6 @@ dsa_status make_call(const dsa_compressed_mla_params& p, dsa_isa isa, Compressed
     return set_row_widths(call) ? DSA_OK : DSA_BAD_SHAPE;
 }
 
-bool counts_fit(const int32_t* counts, int64_t num_tokens, int32_t width) {
-    for (int64_t t = 0; counts != nullptr && t < num_tokens; ++t)
-        if (counts[t] < 0 || counts[t] > width) return false;
-    return true;
-}
-
 dsa_status check_arrays(const dsa_compressed_mla_params& p, size_t workspace_bytes) {
     const dsa_status status = check_compressed_mla_arrays(p);
     if (status != DSA_OK || p.num_tokens == 0) return status;
@@ -89,23 +83,9 @@ dsa_status check_arrays(const dsa_compressed_mla_params& p, size_t workspace_byt
 size_t dsa_compressed_mla_params_size(void) { return sizeof(dsa_compressed_mla_params); }
 
 size_t dsa_compressed_mla_workspace_bytes(const dsa_compressed_mla_params* params, const dsa_cpu_options* options) {
-    using namespace dsa;
-    CompressedMla call = {};
-    if (params == nullptr || options == nullptr) return 0;
-    if (make_call(*params, resolve_isa(options), &call) != DSA_OK) return 0;
-    return row_attention_workspace_bytes(call, options);
+    return dsa::row_attention_op_workspace_bytes(params, options, dsa::make_call);
 }
 
 dsa_status dsa_compressed_mla_cpu(const dsa_compressed_mla_params* params, const dsa_cpu_options* options) {
-    using namespace dsa;
-    if (params == nullptr || options == nullptr) return DSA_NULL_POINTER;
-    CompressedMla call = {};
-    const dsa_isa isa = resolve_isa(options);
-    const dsa_status shape_status = make_call(*params, isa, &call);
-    if (shape_status != DSA_OK) return shape_status;
-    if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;
-    const dsa_status array_status = check_arrays(*params, row_attention_workspace_bytes(call, options));
-    if (array_status != DSA_OK || params->num_tokens == 0) return array_status;
-    run_row_attention(call, options);
-    return DSA_OK;
+    return dsa::run_row_attention_op(params, options, dsa::make_call, dsa::check_arrays);
 }

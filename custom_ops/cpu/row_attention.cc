@@ -331,4 +331,10 @@ void run_row_attention(const RowAttention& call, const dsa_cpu_options* options)
         run_vector(call, plan);
 }
 
+bool counts_fit(const int32_t* counts, int64_t num_tokens, int32_t width) {
+    for (int64_t t = 0; counts != nullptr && t < num_tokens; ++t)
+        if (counts[t] < 0 || counts[t] > width) return false;
+    return true;
+}
+
 }  // namespace dsa

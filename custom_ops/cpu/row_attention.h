@@ -7,7 +7,7 @@
 #ifndef DSA_CPU_ROW_ATTENTION_H_
 #define DSA_CPU_ROW_ATTENTION_H_
 
-#include "dsa/common.h"
+#include "dispatch.h"
 
 namespace dsa {
 
@@ -75,6 +75,36 @@ bool set_row_widths(RowAttention* call);
 
 size_t row_attention_workspace_bytes(const RowAttention& call, const dsa_cpu_options* options);
 void run_row_attention(const RowAttention& call, const dsa_cpu_options* options);
+
+/* Whether counts [num_tokens], or null, say how many of a row's ids to look at: 0 .. width. */
+bool counts_fit(const int32_t* counts, int64_t num_tokens, int32_t width);
+
+/* What an op's two functions do. make_call checks sizes and formats and fills the call; check_arrays looks at the
+ * arrays behind the pointers. */
+template <typename Call, typename Params>
+size_t row_attention_op_workspace_bytes(const Params* params, const dsa_cpu_options* options,
+                                        dsa_status (*make_call)(const Params&, dsa_isa, Call*)) {
+    Call call = {};
+    if (params == nullptr || options == nullptr) return 0;
+    if (make_call(*params, resolve_isa(options), &call) != DSA_OK) return 0;
+    return row_attention_workspace_bytes(call, options);
+}
+
+template <typename Call, typename Params>
+dsa_status run_row_attention_op(const Params* params, const dsa_cpu_options* options,
+                                dsa_status (*make_call)(const Params&, dsa_isa, Call*),
+                                dsa_status (*check_arrays)(const Params&, size_t workspace_bytes)) {
+    if (params == nullptr || options == nullptr) return DSA_NULL_POINTER;
+    Call call = {};
+    const dsa_isa isa = resolve_isa(options);
+    const dsa_status shape_status = make_call(*params, isa, &call);
+    if (shape_status != DSA_OK) return shape_status;
+    if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;
+    const dsa_status array_status = check_arrays(*params, row_attention_workspace_bytes(call, options));
+    if (array_status != DSA_OK || params->num_tokens == 0) return array_status;
+    run_row_attention(call, options);
+    return DSA_OK;
+}
 
 }  // namespace dsa
 

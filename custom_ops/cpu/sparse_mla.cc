@@ -94,10 +94,7 @@ dsa_status check_arrays(const dsa_sparse_mla_params& p, size_t workspace_bytes) 
     if (p.latent_cache == nullptr && p.num_blocks > 0) return DSA_NULL_POINTER;
     if (p.workspace_bytes < workspace_bytes) return DSA_WORKSPACE_TOO_SMALL;
     if (p.workspace == nullptr) return DSA_NULL_POINTER;
-    if (p.counts == nullptr) return DSA_OK;
-    for (int64_t t = 0; t < p.num_tokens; ++t)
-        if (p.counts[t] < 0 || p.counts[t] > p.topk) return DSA_BAD_SHAPE;
-    return DSA_OK;
+    return counts_fit(p.counts, p.num_tokens, p.topk) ? DSA_OK : DSA_BAD_SHAPE;
 }
 
 }  // namespace
@@ -106,23 +103,9 @@ dsa_status check_arrays(const dsa_sparse_mla_params& p, size_t workspace_bytes) 
 size_t dsa_sparse_mla_params_size(void) { return sizeof(dsa_sparse_mla_params); }
 
 size_t dsa_sparse_mla_workspace_bytes(const dsa_sparse_mla_params* params, const dsa_cpu_options* options) {
-    using namespace dsa;
-    SparseMla call = {};
-    if (params == nullptr || options == nullptr) return 0;
-    if (make_call(*params, resolve_isa(options), &call) != DSA_OK) return 0;
-    return row_attention_workspace_bytes(call, options);
+    return dsa::row_attention_op_workspace_bytes(params, options, dsa::make_call);
 }
 
 dsa_status dsa_sparse_mla_cpu(const dsa_sparse_mla_params* params, const dsa_cpu_options* options) {
-    using namespace dsa;
-    if (params == nullptr || options == nullptr) return DSA_NULL_POINTER;
-    SparseMla call = {};
-    const dsa_isa isa = resolve_isa(options);
-    const dsa_status shape_status = make_call(*params, isa, &call);
-    if (shape_status != DSA_OK) return shape_status;
-    if (isa == DSA_ISA_AUTO) return DSA_UNSUPPORTED;
-    const dsa_status array_status = check_arrays(*params, row_attention_workspace_bytes(call, options));
-    if (array_status != DSA_OK || params->num_tokens == 0) return array_status;
-    run_row_attention(call, options);
-    return DSA_OK;
+    return dsa::run_row_attention_op(params, options, dsa::make_call, dsa::check_arrays);
 }

@@ -7,6 +7,7 @@ alone. The same class serves both.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -16,13 +17,13 @@ from cache_manager import CacheTensorSpec, TensorKey, ordered_keys
 from fastdeploy_dsa.attention.backend import AttentionBackend
 
 
-class CacheMethods:
+class CacheMethods(ABC):
     """A mixin that answers FastDeploy's cache questions from an AttentionBackend of this package."""
 
     @property
+    @abstractmethod
     def owner(self) -> AttentionBackend:
         """The backend that declares the cache."""
-        raise NotImplementedError
 
     def cache_spec(
         self, layer_ids: tuple[int, ...], cache_dtype: str | None = None, kv_cache_quant_type: str | None = None
@@ -94,10 +95,11 @@ class CacheMethods:
         _, free = _host_memory()
         addresses = [address for address in host_caches.values() if address]
         host_caches.clear()
+        if addresses and free is None:
+            logging.getLogger(__name__).error("FastDeploy has no cuda_host_free here: host memory was not released")
+            return
         for address in addresses:
             try:
-                if free is None:
-                    raise NotImplementedError("FastDeploy has no cuda_host_free here")
                 free(address)
             except Exception:
                 logging.getLogger(__name__).exception("host memory at %#x was not released", address)
@@ -106,9 +108,8 @@ class CacheMethods:
         """Shapes of the tensors of a layer that has all of them: key, an empty value, and what else there is."""
         shapes = {
             spec.role: [max_num_blocks, *spec.block_shape]
-            for spec in self.cache_spec(
-                (0,), kv_cache_quant_type=kv_cache_quant_type
-            )  # the first layer shares nothing
+            # The first layer shares nothing.
+            for spec in self.cache_spec((0,), kv_cache_quant_type=kv_cache_quant_type)
         }
         key = shapes.pop("key")
         return (key, [], *shapes.values())
