@@ -94,7 +94,7 @@ INTERFACES = (
     ),
     Interface(
         "fastdeploy.model_executor.models.deepseek_v3.DeepseekV32DSAAttention",
-        (("model.py", "SparseAttention"),),
+        (("sparse_layers.py", "SparseAttention"),),
         {"__init__": "fd_config, layer_id, prefix=''"},
     ),
     Interface(

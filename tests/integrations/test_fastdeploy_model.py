@@ -168,7 +168,7 @@ def test_rows_are_made_once_in_a_run_of_the_model_and_anew_in_the_next(
 
 def test_no_layer_reads_a_tensor_on_the_host(yarn: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every such read would wait for the GPU, in each of 61 layers (defect 47)."""
-    from fastdeploy_dsa.integrations.fastdeploy.model import SparseAttention
+    from fastdeploy_dsa.integrations.fastdeploy.sparse_layers import SparseAttention
 
     rig, ids = rig_of(yarn.folder), yarn.prompts[0].fed_ids
     attend = SparseAttention.forward
@@ -197,7 +197,7 @@ def test_a_layer_waits_for_its_load_before_it_touches_its_caches(
 ) -> None:
     """FastDeploy waits behind the indexer (defect 30)."""
     from fastdeploy_dsa.attention import mla
-    from fastdeploy_dsa.integrations.fastdeploy import model
+    from fastdeploy_dsa.integrations.fastdeploy import sparse_layers
 
     rig, ids = rig_of(yarn.folder), yarn.prompts[0].fed_ids
     order: list[str] = []
@@ -211,7 +211,7 @@ def test_a_layer_waits_for_its_load_before_it_touches_its_caches(
         monkeypatch.setattr(module, op, lambda **given: (order.append(op), run(**given))[1])
 
     for op in ("index_key_write", "index_select"):
-        recorded(model, op)
+        recorded(sparse_layers, op)
     for op in ("mla_cache_write", "sparse_mla"):
         recorded(mla, op)
     meta = rig.forward_meta([Chunk(1, ids, 0, 8, True)])

@@ -14,8 +14,8 @@ from fastdeploy.model_executor.models.model_base import ModelForCasualLM
 from paddle import Tensor, nn
 
 from fastdeploy_dsa.integrations.fastdeploy.errors import PluginError
-from fastdeploy_dsa.integrations.fastdeploy.model import recorded, require_indexers, sparse_layers
 from fastdeploy_dsa.integrations.fastdeploy.served_model import served_model
+from fastdeploy_dsa.integrations.fastdeploy.sparse_layers import recorded, require_indexers, sparse_layers
 
 DRAFT_ARCHITECTURES = {
     "DeepseekV32ForCausalLM": "DeepseekV32ForCausalLM",
