@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -26,7 +27,7 @@ RATIO_OF_KIND: Mapping[LayerKind, int] = {"swa": 1, "c4a": 4, "c128a": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """What every model has; fields are named as in config.json.
 
     Attributes:
@@ -87,9 +88,9 @@ class ModelConfig:
         """Backbone and draft layers; the draft layers have the last ids."""
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
+    @abstractmethod
     def layer_kind(self, layer: int) -> LayerKind:
         """Kind of attention of a backbone or draft layer."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(
