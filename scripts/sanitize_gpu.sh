@@ -23,8 +23,9 @@ selection=(
     "$grid::test_scores_of_a_prompt[c_cuda-32-5]"
     "$grid::test_topk_of_rows_of_every_length[c_cuda-100-random]"
     "$grid::test_topk_of_rows_of_every_length[c_cuda-2048-close]"
+    "tests/ops/test_widened_rows.py::test_rows_widened_for_all_give_the_attention_of_the_definition[c_cuda]"
 )
-calls="uses_default_stream or too_large or wrong_request or clamped or skipped_alone or grid"
+calls="uses_default_stream or too_large or wrong_request or clamped or skipped_alone or grid or of_the_definition"
 
 run_tool() {
     # To racecheck a barrier in memory that one thread initialises and then arrives at looks like a race; those are

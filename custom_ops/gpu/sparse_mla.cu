@@ -62,8 +62,9 @@ Kernel choose(const dsa_sparse_mla_params& p, const Device& device) {
     return blocks >= kMinBlocksForHeads ? Kernel::kHeads : Kernel::kRows;
 }
 
-/* Only the kernel for few rows wants one, and not where the result must not depend on their number. */
+/* Where the result must not depend on num_tokens, nothing is split over the workspace. */
 size_t workspace_bytes(const dsa_sparse_mla_params& p, Kernel kernel, const Device& device) {
+    if (kernel == Kernel::kHeads) return sparse_mla_sm90_heads_workspace_bytes(p);
     if (kernel != Kernel::kRows || p.batch_invariant != 0) return 0;
     return sparse_mla_sm90_rows_workspace_bytes(p, device);
 }
@@ -95,10 +96,11 @@ dsa_status dsa_sparse_mla_cuda(const dsa_sparse_mla_params* params, void* stream
     if (bytes > 0 && p.workspace == nullptr) return DSA_NULL_POINTER;
     /* A Hopper kernel that has no room for a size (a cache of 64 GiB, 2^31 blocks) says so before it launches. */
     status = DSA_UNSUPPORTED;
-    if (kernel == Kernel::kHeads) status = sparse_mla_sm90_heads(p, found, (cudaStream_t)stream);
+    if (kernel == Kernel::kHeads) status = sparse_mla_sm90_heads(p, found, bytes > 0, (cudaStream_t)stream);
     if (kernel != Kernel::kGeneric && status == DSA_UNSUPPORTED) {
         const int64_t num_rows = p.batch_invariant != 0 ? kInvariantRowsHint : p.num_tokens;
-        status = sparse_mla_sm90_rows(p, found, num_rows, bytes > 0, (cudaStream_t)stream);
+        status = sparse_mla_sm90_rows(p, found, num_rows, kernel == Kernel::kRows && bytes > 0,
+                                      (cudaStream_t)stream);
     }
     return status == DSA_UNSUPPORTED ? sparse_mla_generic(p, found, (cudaStream_t)stream) : status;
 }

@@ -25,8 +25,11 @@ dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params& params, const Devic
                                 bool has_workspace, cudaStream_t stream);
 size_t sparse_mla_sm90_rows_workspace_bytes(const dsa_sparse_mla_params& params, const Device& device);
 
-/* 64 heads as the M dimension. For many rows with 33 heads and more. */
-dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Device& device, cudaStream_t stream);
+/* 64 heads as the M dimension. For many rows with 33 heads and more. With a workspace, which is as large as the function
+ * below says, cache rows that many query rows use are widened once. */
+dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Device& device, bool has_workspace,
+                                 cudaStream_t stream);
+size_t sparse_mla_sm90_heads_workspace_bytes(const dsa_sparse_mla_params& params);
 
 }  // namespace gpu
 }  // namespace dsa

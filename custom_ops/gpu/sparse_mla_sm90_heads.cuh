@@ -14,7 +14,9 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "e4m3_to_bf16.cuh"
 #include "hopper.cuh"
+#include "sparse_mla_widen.cuh"
 #include "wgmma.cuh"
 
 namespace dsa {
@@ -37,9 +39,13 @@ constexpr int kRopes = 3; /* one more than tiles: a rope is on its way before it
 constexpr int kThreads = 512; /* two consumer and two producer warpgroups */
 constexpr int kProducerRegisters = 64;
 constexpr int kConsumerRegisters = 192; /* 2 * 192 + 2 * 64 = 4 * 128, the registers of the launch */
+constexpr int kConsumerWarps = 8;
 constexpr int kProducerWarps = 8;
 constexpr int kTokensPerWarp = kTokens / kProducerWarps;
-constexpr int kBatch = 32 / kTokensPerWarp; /* tiles whose tokens a producer warp looks up together, one a lane */
+constexpr int kWidenedThreads = 384; /* two consumer warpgroups and one that copies */
+constexpr int kWidenedProducerWarps = 4;
+constexpr int kWidenedProducerRegisters = 40;
+constexpr int kWidenedConsumerRegisters = 232; /* 2 * 232 + 40 = 504, the registers of the launch */
 constexpr int kMaxSplits = 2; /* CTAs that share a row; for fewer rows than take two, another kernel is faster */
 constexpr float kSlack = 8.0f; /* log2 by which a score may exceed the reference before the sums are rescaled */
 
@@ -59,8 +65,8 @@ struct Arguments {
     int32_t topk;
     float scale_log2;     /* log2(e) times the magnitude of softmax_scale, above 0 */
     uint32_t query_signs; /* flips the sign of two bfloat16 numbers if softmax_scale is negative */
-    uint32_t sixteen; /* 16 and 256: multiplied by numbers that the compiler does not know, words are shifted in the */
-    uint32_t pow2_8;  /* multiply pipe, which is idle, and not in the one that moves bits, which is not */
+    WidenShifts shifts;
+    WidenedRows widened;
 };
 
 struct Shared {
@@ -92,24 +98,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
-__device__ __forceinline__ uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t sum;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-    return sum;
-}
-
 /* condition ? a : b, in a form that does not tempt the compiler to choose between addresses of a and b. */
 __device__ __forceinline__ float select_float(bool condition, float a, float b) {
     float chosen;
@@ -117,59 +105,6 @@ __device__ __forceinline__ float select_float(bool condition, float a, float b) 
         : "=f"(chosen)
         : "f"(a), "f"(b), "r"((int)condition));
     return chosen;
-}
-
-/* Columns a b c d of two words (a b) (c d) to (a c) (b d) and back. */
-__device__ __forceinline__ void exchange_middle(uint32_t& first, uint32_t& second) {
-    const uint32_t low = __byte_perm(first, second, 0x5410);
-    second = __byte_perm(first, second, 0x7632);
-    first = low;
-}
-
-/* Bits of a where mask has ones, else those of b. */
-__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
-    uint32_t selected;
-    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(selected) : "r"(a), "r"(b), "r"(mask));
-    return selected;
-}
-
-/* Four e4m3 numbers to bfloat16 times 2^-120, by moving bits: (0, 2) and (1, 3). */
-__device__ __forceinline__ void widen(const Arguments& a, uint32_t bytes, uint32_t& even, uint32_t& odd) {
-    constexpr uint32_t kMagnitude = 0x07F007F0;
-    const uint32_t signs = bytes & 0x80808080;
-    even = select_bits(bytes * a.sixteen, signs * a.pow2_8, kMagnitude);
-    odd = select_bits(bytes >> 4, signs, kMagnitude);
-}
-
-/* A float32 scale as two bfloat16 numbers in a word, high << 16 | low, for dequantize().
- * Exact scales (bfloat16 numbers below 2^7, which all sensible powers of two are) carry the factor 2^120. */
-__device__ __forceinline__ bool is_exact_scale(float scale) {
-    return (__float_as_uint(scale) & 0xFFFF) == 0 && scale < 128.0f;
-}
-
-__device__ __forceinline__ uint32_t split_scale(float scale, bool are_exact) {
-    if (are_exact) return __float_as_uint(scale * 0x1p120f);
-    const uint32_t high = pack_bf16(scale, scale) & 0xFFFF0000;
-    return high | (pack_bf16(scale - __uint_as_float(high), 0.0f) & 0xFFFF);
-}
-
-/* 8 e4m3 numbers times their scale. The general way multiplies by high + low, which differs from the float32 product by
- * less than 2^-16 of it before the one rounding that counts. */
-template <bool kAreExact>
-__device__ __forceinline__ void dequantize(const Arguments& a, uint32_t first, uint32_t second, uint32_t scale,
-                                           uint32_t (&wide)[4]) {
-    widen(a, first, wide[0], wide[1]);
-    widen(a, second, wide[2], wide[3]);
-    const uint32_t high = __byte_perm(scale, scale, 0x3232), low = __byte_perm(scale, scale, 0x1010);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (kAreExact) {
-            wide[i] = multiply_bf16(wide[i], high);
-        } else {
-            const uint32_t value = multiply_bf16(wide[i], 0x7B807B80); /* 2^120 */
-            wide[i] = multiply_add_bf16(value, high, multiply_bf16(value, low));
-        }
-    }
 }
 
 /* ---- memory ---- */
@@ -265,7 +200,7 @@ __device__ __forceinline__ int num_tiles_of(int32_t count, int split) {
     return __shfl_sync(0xFFFFFFFF, (row_tiles - split + kSplits - 1) / kSplits, 0);
 }
 
-/* ---- producers ---- */
+/* ---- tiles ---- */
 
 /* A tile on its way: bit 0 is its buffer, the others count that buffer's uses. Even tiles of a row take buffer 0, odd
  * ones buffer 1. */
@@ -283,189 +218,6 @@ __device__ __forceinline__ uint32_t rope_parity(Rope rope) { return rope / kRope
 __device__ __forceinline__ uint32_t rope_address(const Shared& shared, Rope rope) {
     return shared_address(shared.ropes[0]) + rope_slot(rope) * kBlockBytes;
 }
-
-/* A producer warp fills 8 tokens of every tile. Tokens are looked up for up to four tiles of a row at once, one a lane:
- * lane l knows token l % 8 of tile l / 8. In the work on a tile eight lanes that store together hit eight different
- * 16-byte pieces of the banks:
- *   latent load  token 2 pair + lane / 4 % 2, columns 256 half + 64 (lane / 8) + 16 (lane % 4) ..
- *   scale        token lane / 4, group lane % 4
- *   rope copy    token 4 quad + lane / 8, columns 8 (lane % 8) ..
- * The compiler makes any use of a load wait for all loads in flight. So they are all issued together, just after the
- * tile before is done; the ids of the next batch are among them. */
-template <int kSplits>
-struct Producer {
-    const Arguments& a;
-    Shared& shared;
-    int warp, lane;
-    uint32_t latent_from, latent_to, pair_lane;
-    /* The batch that is being worked on: this lane's row in the cache; a bit a token that is there. */
-    uint32_t offset, valid;
-    uint4 latent[2][4]; /* [half][pair] */
-    float scale;
-    /* The next batch: first the lane's id, then its offset. */
-    uint32_t next, next_tiles;
-    /* The batch after it starts at tile `ahead` of this item. */
-    uint32_t item;
-    int32_t count, ahead;
-    Tile tile, tile_after; /* the names of the next tile and of the one after it */
-    Rope rope;             /* of the next tile */
-    static constexpr uint32_t kNowhere = 0xFFFFFFFF;
-
-    __device__ __forceinline__ Producer(const Arguments& a, Shared& shared, uint32_t first_item)
-        : a(a), shared(shared), warp((threadIdx.x >> 5) & 7), lane(threadIdx.x & 31), item(first_item) {
-        const int row_bit = (lane >> 2) & 1;
-        latent_from = fresh(64 * (lane >> 3) + 16 * (lane & 3));
-        latent_to = fresh(shared_address(shared.tiles[0]) + (lane >> 3) * kBlockBytes +
-                          swizzled(kTokensPerWarp * warp + row_bit, 2 * (lane & 3)));
-        pair_lane = fresh(row_bit);
-        tile = 0;
-        tile_after = 1;
-        rope = 0;
-        ahead = 0;
-        count = count_of(a, item / (uint32_t)a.num_parts);
-    }
-
-    __device__ __forceinline__ const uint8_t* row_at(uint32_t row_offset) const {
-        return a.latent_cache + (uint64_t)row_offset * 16;
-    }
-
-    /* Starts to read the next batch's ids; next_tiles 0: there is none. */
-    __device__ __forceinline__ void start_batch() {
-        const int split = blockIdx.x % kSplits;
-        int num_tiles = num_tiles_of<kSplits>(count, split);
-        next_tiles = 0;
-        while (ahead == num_tiles) {
-            if (kSplits > 1 || item + gridDim.x >= a.num_items) return;
-            item += gridDim.x;
-            count = count_of(a, item / (uint32_t)a.num_parts);
-            num_tiles = num_tiles_of<kSplits>(count, split);
-            ahead = 0;
-        }
-        const int index = ((ahead + (lane >> 3)) * kSplits + split) * kTokens + kTokensPerWarp * warp + (lane & 7);
-        const int64_t token = item / (uint32_t)a.num_parts;
-        next = kNowhere;
-        if (index < count) next = (uint32_t)load_id(a.slot_ids + token * a.topk + index);
-        next_tiles = min(num_tiles - ahead, kBatch);
-        ahead += next_tiles;
-    }
-
-    /* The ids have arrived. */
-    __device__ __forceinline__ void finish_batch() {
-        const bool is_valid = next < (uint32_t)a.num_slots;
-        const uint32_t block = next / (uint32_t)a.block_size;
-        const uint32_t row = next - block * (uint32_t)a.block_size;
-        next = is_valid ? block * a.block_stride + row * (kRowBytes / 16) : kNowhere;
-    }
-
-    /* A token that is not there reads the first row and gets scales of zero. */
-    __device__ __forceinline__ void take_batch() {
-        valid = __ballot_sync(0xFFFFFFFF, next != kNowhere);
-        offset = next == kNowhere ? 0 : next;
-    }
-
-    __device__ __forceinline__ void load(int in_batch) {
-        const int first_lane = kTokensPerWarp * in_batch;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const uint8_t* row =
-                row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + pair_lane + 2 * pair)) + latent_from;
-            latent[0][pair] = load_16(row);
-            latent[1][pair] = load_16(row + 256);
-        }
-        const uint8_t* row = row_at(__shfl_sync(0xFFFFFFFF, offset, first_lane + (lane >> 2)));
-        scale = load_float(row + kScaleOffset + 4 * (lane & 3));
-    }
-
-    __device__ __forceinline__ void copy_rope(int in_batch) {
-        constexpr int kQuads = kTokensPerWarp / 4;
-        const int token = lane >> 3, piece = lane & 7;
-        const uint8_t* rows[kQuads];
-#pragma unroll
-        for (int quad = 0; quad < kQuads; ++quad)
-            rows[quad] = row_at(__shfl_sync(0xFFFFFFFF, offset, kTokensPerWarp * in_batch + 4 * quad + token));
-        barrier_wait(shared_address(&shared.rope_free[rope_slot(rope)]), rope_parity(rope) ^ 1);
-        const uint32_t to = shared_address(shared.ropes[rope_slot(rope)]);
-#pragma unroll
-        for (int quad = 0; quad < kQuads; ++quad)
-            copy_async_16(to + swizzled(kTokensPerWarp * warp + 4 * quad + token, piece),
-                          rows[quad] + kRopeOffset + 16 * piece);
-        copy_async_arrive(shared_address(&shared.rope_full[rope_slot(rope)]));
-        ++rope;
-    }
-
-    template <int kHalf>
-    __device__ __forceinline__ uint32_t factor_of(uint32_t split, int pair) const {
-        return __shfl_sync(0xFFFFFFFF, split, 4 * (pair_lane + 2 * pair) + 2 * kHalf + (lane >> 4));
-    }
-
-    /* Straight code: a branch per piece would leave blocks too short to fill their own waits. */
-    template <int kHalf, bool kAreExact>
-    __device__ __forceinline__ void widen_half(uint32_t split) {
-        const uint32_t to_half = latent_to + buffer_of(tile) * kTileBytes + 4 * kHalf * kBlockBytes;
-        uint32_t next_factor = factor_of<kHalf>(split, 0);
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const uint32_t factor = next_factor;
-            if (pair < 3) next_factor = factor_of<kHalf>(split, pair + 1);
-            const uint32_t to = (to_half ^ (pair << 5)) + 256 * pair;
-            const uint4& v = latent[kHalf][pair];
-            uint32_t wide[4];
-            dequantize<kAreExact>(a, v.x, v.y, factor, wide);
-            store_shared_16(to, wide[0], wide[1], wide[2], wide[3]);
-            dequantize<kAreExact>(a, v.z, v.w, factor, wide);
-            store_shared_16(to ^ 16, wide[0], wide[1], wide[2], wide[3]);
-        }
-    }
-
-    /* The fence that wgmma needs is the reader's: here it would wait for loads. */
-    template <int kHalf>
-    __device__ __forceinline__ void fill_half(uint32_t split, bool are_exact) {
-        if (are_exact)
-            widen_half<kHalf, true>(split);
-        else
-            widen_half<kHalf, false>(split);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.full[buffer_of(tile)][kHalf]));
-    }
-
-    __device__ __forceinline__ void fill(int in_batch) {
-        const int buffer = buffer_of(tile);
-        const uint32_t parity = parity_of(tile) ^ 1;
-        barrier_wait(shared_address(&shared.free[buffer][0]), parity);
-        const bool is_valid = (valid >> (kTokensPerWarp * in_batch + (lane >> 2))) & 1;
-        const bool are_exact = __all_sync(0xFFFFFFFF, !is_valid || is_exact_scale(scale));
-        const uint32_t split = is_valid ? split_scale(scale, are_exact) : 0;
-        if (lane == 0) shared.valid[valid_slot(tile)][warp] = (uint8_t)(valid >> (kTokensPerWarp * in_batch));
-        fill_half<0>(split, are_exact);
-        barrier_wait(shared_address(&shared.free[buffer][1]), parity);
-        fill_half<1>(split, are_exact);
-    }
-
-    __device__ __forceinline__ void swap_names(int used) {
-        const Tile old = tile + used;
-        tile = tile_after;
-        tile_after = old;
-    }
-
-    __device__ __forceinline__ void run() {
-        start_batch();
-        finish_batch();
-        while (next_tiles > 0) {
-            const uint32_t num_tiles = next_tiles;
-            take_batch();
-            if (ahead <= kBatch && buffer_of(tile) == 1) swap_names(0); /* a row starts in buffer 0 */
-            for (uint32_t i = 0; i < num_tiles; ++i) {
-                load(i);
-                copy_rope(i);
-                if (i == 0) start_batch();
-                fill(i);
-                swap_names(2);
-                if (i == 0) finish_batch();
-            }
-        }
-        copy_async_wait_all();
-    }
-};
 
 }  // namespace heads
 }  // namespace gpu
