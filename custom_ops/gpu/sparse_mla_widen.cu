@@ -76,7 +76,7 @@ Sections sections_of(const dsa_sparse_mla_params& p) {
 __global__ void __launch_bounds__(kThreads) claim(const __grid_constant__ Arguments a) {
     constexpr int kEntries = 2 * kIdsPerStep;
     __shared__ uint32_t blocks[kIdsPerStep];
-    __shared__ uint16_t speakers[kEntries]; /* an id's index in this step, by its block's number modulo kEntries */
+    __shared__ uint32_t speakers[kEntries]; /* an id's index in this step, by its block's number modulo kEntries */
     const int64_t token = blockIdx.x;
     const int64_t count = a.counts == nullptr ? a.topk : min(max((int64_t)a.counts[token], (int64_t)0), a.topk);
     for (int64_t first = 0; first < count; first += kIdsPerStep) {
@@ -92,13 +92,13 @@ __global__ void __launch_bounds__(kThreads) claim(const __grid_constant__ Argume
             const int index = i * kThreads + threadIdx.x;
             const uint32_t block = ids[i] / a.block_size;
             blocks[index] = block;
-            if (ids[i] < a.num_slots) speakers[block % kEntries] = (uint16_t)index;
+            if (ids[i] < a.num_slots) atomicExch(&speakers[block % kEntries], (uint32_t)index);
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kIdsPerThread; ++i) {
             if (ids[i] >= a.num_slots) continue;
-            const int index = i * kThreads + threadIdx.x;
+            const uint32_t index = i * kThreads + threadIdx.x;
             const uint32_t block = ids[i] / a.block_size, speaker = speakers[block % kEntries];
             if (speaker != index && blocks[speaker] == block) continue;
             uint32_t* place = &a.place_of_block[block];
