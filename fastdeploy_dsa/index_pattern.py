@@ -18,7 +18,8 @@ from fastdeploy_dsa.strict_json import read_json_object
 from fastdeploy_dsa.wording import shown
 
 if TYPE_CHECKING:
-    from fastdeploy_dsa.config import ModelConfig, RopeConfig
+    from fastdeploy_dsa.config.model_config import ModelConfig
+    from fastdeploy_dsa.config.rope import RopeConfig
 
 ARTEFACT_FORMAT = "dsa-index-pattern/1"
 

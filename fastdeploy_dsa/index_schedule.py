@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeGuard
 
-from fastdeploy_dsa.wording import shown
+from fastdeploy_dsa.wording import CodedError, shown
 
 ScheduleDialect = Literal["indexer_types", "index_topk_pattern", "index_topk_freq", "use_index_cache", "default"]
 
@@ -23,17 +23,8 @@ _FOREIGN_COUNTS = ("cli_factor", "index_kpool")
 _FOREIGN_LISTS = ("kv_source_layer_ids", "index_source_layer_ids")
 
 
-class IndexScheduleError(ValueError):
-    """A config whose index schedule cannot be used.
-
-    Attributes:
-        code: E01, E02, ...
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        """Make the error; its text starts with the code."""
-        super().__init__(f"{code}: {message}")
-        self.code = code
+class IndexScheduleError(CodedError):
+    """A config whose index schedule cannot be used; codes are E01, E02, ..."""
 
 
 @dataclass(frozen=True)

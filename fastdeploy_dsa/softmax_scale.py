@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from fastdeploy_dsa.wording import shown
+from fastdeploy_dsa.wording import CodedError, shown
 
 DEFAULT_ROPE_TYPE = "default"
 YARN_ROPE_TYPES = ("yarn", "deepseek_yarn")
@@ -22,17 +22,8 @@ _COMPRESSED_LAYER_TYPES = ("compressed_sparse_attention", "heavily_compressed_at
 _MAX_WIDTH = 1 << 20  # far above any head; keeps absurd numbers out of the arithmetic
 
 
-class SoftmaxScaleError(ValueError):
-    """A config from which no softmax scale follows.
-
-    Attributes:
-        code: E1 to E6.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        """Make the error; its text starts with the code."""
-        super().__init__(f"{code}: {message}")
-        self.code = code
+class SoftmaxScaleError(CodedError):
+    """A config from which no softmax scale follows; codes are E1 to E6."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How messages show a user's values: short, whatever the value is."""
+"""How messages show a user's values, short, whatever the value is, and name a mistake by its code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import difflib
 from collections.abc import Iterable
 
 _LONGEST = 80
+
+
+class CodedError(ValueError):
+    """A mistake that the documentation lists by a code.
+
+    Attributes:
+        code: Of the list in question.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        """Make the error; its text starts with the code."""
+        super().__init__(f"{code}: {message}")
+        self.code = code
 
 
 def shown(value: object) -> str:

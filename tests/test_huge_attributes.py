@@ -13,8 +13,8 @@ import pytest
 from fastdeploy_dsa import ops
 from fastdeploy_dsa.ops.library import run_op
 from tests.kit.attempts import outcomes_of, print_outcomes
+from tests.kit.op_arguments import FITTING
 from tests.ops.test_huge_sizes import BUDGET, INT64
-from tests.test_ops_arguments import FITTING
 
 # type() instead of isinstance(): a switch is no number.
 ATTRIBUTES = [(op, name) for op, fitting in FITTING.items() for name, value in fitting().items() if type(value) is int]

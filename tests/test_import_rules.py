@@ -1,4 +1,4 @@
-"""The arrow of docs/architecture.md: who may import whom, and which words the cache manager may not know."""
+"""The arrow of docs/architecture.md: who may import whom, in no circle; words that the cache manager may not know."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_WORDS = {"mla", "dsa", "indexer", "latent", "rope", "lora"}
+PACKAGES = ("cache_manager", "fastdeploy_dsa")
 RULES = [
     # folder, what it may not import
     ("cache_manager", re.compile(r"fastdeploy_dsa|paddle")),
@@ -35,6 +36,53 @@ def imported_modules(source: str) -> Iterator[str]:
             assert node.level == 0, "relative imports hide where a name comes from"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Files of the packages by the name they are imported by; a package's name is that of its `__init__`."""
+    files = (path for package in PACKAGES for path in sorted((root / package).rglob("*.py")))
+    return {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports_among(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """What every module imports of the others: at the top, for type checkers only, or inside a function.
+
+    `from package import module` is an import of the module, not of what else the package holds; that a package is
+    imported before its modules is not counted.
+    """
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parts = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                imported.update(part if part in modules else node.module or "" for part in parts.values())
+        graph[name] = imported & modules.keys()
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components that hold a circle, the modules of each in order of their names."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [*graph[start]]
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += graph[name]
+        return seen
+
+    reached = {name: reachable(name) for name in graph}
+    components = {
+        tuple(sorted(other for other in reached[name] if name in reached[other]))
+        for name in graph
+        if name in reached[name]
+    }
+    return [list(component) for component in sorted(components)]
 
 
 def identifiers(source: str) -> Iterator[str]:
@@ -81,6 +129,41 @@ def test_a_planted_violation_is_found(tmp_path: Path, folder: str, planted: str,
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "module.py").write_text(planted + "\n", encoding="utf-8")
     assert violations(folder, forbidden, tmp_path)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = imports_among(modules_of(ROOT))
+    assert graph["fastdeploy_dsa.config"], "no imports are seen"
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "circle"),
+    [
+        ("from fastdeploy_dsa.reader import read", ["fastdeploy_dsa.base", "fastdeploy_dsa.reader"]),
+        ("import fastdeploy_dsa.reader", ["fastdeploy_dsa.base", "fastdeploy_dsa.reader"]),
+        ("from fastdeploy_dsa import reader", ["fastdeploy_dsa.base", "fastdeploy_dsa.reader"]),
+        ("def f():\n    from fastdeploy_dsa.reader import read", ["fastdeploy_dsa.base", "fastdeploy_dsa.reader"]),
+        (
+            "if TYPE_CHECKING:\n    from fastdeploy_dsa.reader import R",
+            ["fastdeploy_dsa.base", "fastdeploy_dsa.reader"],
+        ),
+        ("from fastdeploy_dsa import Reader", ["fastdeploy_dsa", "fastdeploy_dsa.base", "fastdeploy_dsa.reader"]),
+        ("from fastdeploy_dsa import base", ["fastdeploy_dsa.base"]),
+        ("from fastdeploy_dsa import other", None),
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path: Path, base: str, circle: list[str] | None) -> None:
+    planted = {
+        "__init__": "from fastdeploy_dsa.reader import Reader",
+        "reader": "from fastdeploy_dsa.base import Base",
+        "base": base,
+        "other": "import json",
+    }
+    (tmp_path / "fastdeploy_dsa").mkdir()
+    for name, source in planted.items():
+        (tmp_path / "fastdeploy_dsa" / f"{name}.py").write_text(source + "\n", encoding="utf-8")
+    assert circles(imports_among(modules_of(tmp_path))) == ([] if circle is None else [circle])
 
 
 def test_the_cache_manager_has_no_model_word_in_an_identifier() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from fastdeploy_dsa.config.keys import MAX_EXPERTS, MAX_LAYERS, ConfigError, ConfigKeys, UnsupportedConfigError
-from fastdeploy_dsa.config.model_config import RouterType
 from fastdeploy_dsa.wording import shown
+
+RouterType = Literal["hash", "scores"]
+"""Experts by the token's id, experts by the token's scores."""
 
 _ROUTER_OF_MLP_TYPE: dict[str, RouterType] = {"hash_moe": "hash", "moe": "scores"}
 _FIXED: dict[str, object] = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastdeploy_dsa.config.keys import ConfigError, ConfigKeys, UnsupportedConfigError
-from fastdeploy_dsa.config.model_config import RATIO_OF_KIND, LayerKind
+from fastdeploy_dsa.config.model_config import LayerKind
 from fastdeploy_dsa.wording import shown
+
+RATIO_OF_KIND: Mapping[LayerKind, int] = {"swa": 1, "c4a": 4, "c128a": 128}
 
 _KIND_OF_LAYER_TYPE: Mapping[str, LayerKind] = {
     "sliding_attention": "swa",

@@ -1,21 +1,20 @@
-"""What the configurations of all models have in common, and one frozen class for each kind of attention."""
+"""What the configurations of all models have in common; each kind of attention has a subclass in a file of its own."""
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from fastdeploy_dsa.config.keys import ConfigError, UnsupportedConfigError
-from fastdeploy_dsa.config.rope import RopeConfig
+from fastdeploy_dsa.config.families import AttentionFamily, recognise
+from fastdeploy_dsa.config.keys import ConfigError, ConfigKeys, UnsupportedConfigError
+from fastdeploy_dsa.config.source import ConfigSource, read_source
 from fastdeploy_dsa.index_schedule import IndexSchedule
 from fastdeploy_dsa.softmax_scale import SoftmaxScale
-
-MlpType = Literal["dense", "sparse"]
-RouterType = Literal["hash", "scores"]
-"""Experts by the token's id, experts by the token's scores."""
+from fastdeploy_dsa.wording import nearest, shown
 
 LayerKind = Literal["mla", "dsa", "swa", "c4a", "c128a"]
 """Latent attention to everything, latent attention to a selection, a window of tokens, a window and a selection of
@@ -23,7 +22,22 @@ entries that stand for 4 tokens each, a window and all entries that stand for 12
 
 _Config = TypeVar("_Config", bound="ModelConfig")
 
-RATIO_OF_KIND: Mapping[LayerKind, int] = {"swa": 1, "c4a": 4, "c128a": 128}
+# Keys of other sparse-attention dialects and their values for "not in use". Ignored, they give plausible wrong text.
+_FOREIGN_KEYS: Mapping[str, tuple[object, ...]] = {
+    "index_kpool": (0, 1),
+    "index_kpool_always_select_tail": (False,),
+    "index_kpool_compress": (False,),
+    "index_init_tokens": (0,),
+    "index_local_tokens": (0,),
+    "cli_factor": (0, 1),
+    "candidate_source_layer_id": (),
+    "kv_source_layer_ids": (),
+    "index_source_layer_ids": (),
+}
+# Keys with one supported value; absent means that value.
+_FIXED_KEYS: Mapping[str, object] = {"attention_bias": False, "rope_interleave": True, "compression_config": None}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,9 @@ class ModelConfig(ABC):
 
     generation_obstacle: ClassVar[str] = ""
     """Why the engine cannot run such a model; empty if it can."""
+
+    _class_of_family: ClassVar[dict[AttentionFamily, type[ModelConfig]]] = {}
+    """Filled by the subclasses: importing the package imports them all, and this file none."""
 
     architecture: str
     model_type: str
@@ -63,6 +80,11 @@ class ModelConfig(ABC):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     warnings: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, *, family: AttentionFamily) -> None:
+        """Take the class for the models of a family."""
+        super().__init_subclass__()
+        ModelConfig._class_of_family[family] = cls
 
     def __post_init__(self) -> None:
         """Check the relations between fields.
@@ -93,6 +115,19 @@ class ModelConfig(ABC):
         """Kind of attention of a backbone or draft layer."""
 
     @classmethod
+    @abstractmethod
+    def from_keys(cls, keys: ConfigKeys, named: Mapping[str, Any]) -> ModelConfig:
+        """Read what the family has of a config.
+
+        Args:
+            keys: The text config, overrides applied.
+            named: The fields that do not depend on the family: names of the model, end tokens.
+
+        Raises:
+            ValueError: As from_pretrained.
+        """
+
+    @classmethod
     def from_pretrained(
         cls: type[_Config],
         path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
@@ -115,162 +150,42 @@ class ModelConfig(ABC):
             IndexScheduleError: The keys of the index schedule; see `resolve_index_schedule`.
             SoftmaxScaleError: The keys behind the softmax scale; see `resolve_softmax_scale`.
         """
-        from fastdeploy_dsa.config.reading import read_config  # noqa: PLC0415 - it makes subclasses of this class
-
-        config = read_config(path_or_dict, overrides)
+        source = read_source(path_or_dict, overrides)
+        with source.named_in_errors():
+            config = cls._of_source(source)
         if not isinstance(config, cls):
             reason = config.generation_obstacle or f"expected a model of {cls.__name__}, got {type(config).__name__}"
             raise UnsupportedConfigError(f"{config.architecture}: {reason}")
         return config
 
+    @staticmethod
+    def _of_source(source: ConfigSource) -> ModelConfig:
+        keys = source.keys()
+        model = recognise(keys, source.content)
+        for key, unused_values in _FOREIGN_KEYS.items():
+            if key in keys and keys[key] not in unused_values:
+                raise UnsupportedConfigError(
+                    f"{key}: this kind of sparse attention is not supported, got {shown(keys[key])}"
+                )
+        keys.require_fixed(_FIXED_KEYS)
+        named: dict[str, Any] = {"architecture": model.architecture, "model_type": model.model_type}
+        named["eos_token_ids"] = source.eos_token_ids(keys)
+        config = ModelConfig._class_of_family[model.family].from_keys(keys, named)
+        for key in source.overrides:
+            if key not in keys.asked:
+                near = nearest(key, keys.asked)
+                raise ConfigError(f"overrides: unknown key {shown(key)}, the nearest known one is {near!r}")
+        config._log()
+        return config
+
+    def _log(self) -> None:
+        for warning in self.warnings:
+            logger.warning("config: %s", warning)
+        if self.index_schedule.letters:
+            logger.info("index schedule: %s", self.index_schedule.describe())
+        logger.info("softmax scale: %s", self.scale.describe())
+
     def _require_at_most(self, name: str, bound_name: str, bound: int) -> None:
         value = getattr(self, name)
         if value > bound:
             raise ConfigError(f"{name}: expected at most {bound_name} {bound}, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlaConfig(ModelConfig):
-    """Latent attention to the whole context: DeepSeek-V2 and V3. Their feed-forward layers are not read."""
-
-    generation_obstacle: ClassVar[str] = "models without an indexer cannot generate yet"
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    v_head_dim: int
-    rope: RopeConfig
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of the un-absorbed query-key head; `head_dim` of the file is something else."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        return "mla"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DsaConfig(MlaConfig):
-    """Latent attention to selected tokens: DeepSeek-V3.2 and GLM-5, complete for the engine.
-
-    Attributes:
-        mlp_layer_types: One entry per backbone layer.
-        n_routed_experts: 0 if every layer is dense; the other expert numbers are then 0 too.
-        weight_block_size: Rows and columns that share a scale in an fp8 checkpoint.
-    """
-
-    generation_obstacle: ClassVar[str] = ""
-
-    indexer_rope_interleave: bool
-    index_share_for_mtp_iteration: bool
-    intermediate_size: int
-    moe_intermediate_size: int
-    mlp_layer_types: tuple[MlpType, ...]
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    hidden_act: str
-    attention_bias: bool
-    weight_block_size: tuple[int, int] | None
-
-    def __post_init__(self) -> None:
-        """As ModelConfig, and the experts."""
-        super().__post_init__()
-        if self.n_routed_experts:
-            self._check_experts()
-        elif "sparse" in self.mlp_layer_types:
-            layer = self.mlp_layer_types.index("sparse")
-            raise ConfigError(f"mlp_layer_types: layer {layer} is sparse, but n_routed_experts is absent")
-
-    @property
-    def mtp_mlp_type(self) -> MlpType:
-        """Kind of the MTP layers, which mlp_layer_types does not list."""
-        return "sparse" if self.n_routed_experts else "dense"
-
-    def mlp_type(self, layer: int) -> MlpType:
-        """Kind of feed-forward of a backbone or draft layer."""
-        return self.mlp_layer_types[layer] if layer < self.num_hidden_layers else self.mtp_mlp_type
-
-    def owns_indexer(self, layer: int) -> bool:
-        """Whether a layer selects by itself: a full layer of the schedule, or a draft layer."""
-        return layer >= self.num_hidden_layers or self.index_schedule.is_full(layer)
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        return "dsa"
-
-    def _check_experts(self) -> None:
-        experts, groups = self.n_routed_experts, self.n_group
-        if experts % groups:
-            raise ConfigError(f"n_routed_experts: expected a multiple of n_group {groups}, got {experts}")
-        if groups > 1 and experts < 2 * groups:  # a group's score is the sum of its two best experts
-            raise ConfigError(
-                f"n_group: expected at least two experts per group, got {groups} groups of {experts} experts"
-            )
-        self._require_at_most("topk_group", "n_group", groups)
-        kept = self.topk_group * (experts // groups)
-        self._require_at_most("num_experts_per_tok", "the experts in the kept groups", kept)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressedConfig(ModelConfig):
-    """A window of tokens and compressed entries: DeepSeek-V4, complete for the engine.
-
-    Attributes:
-        layer_kinds: One per backbone layer; draft layers see the window only.
-        main_rope: Rotation of window-only layers.
-        compress_rope: Rotation of everything in layers with compressed entries, their window rows included.
-        router_types: One per backbone layer; draft layers choose by scores.
-        swiglu_limit: Bound of what the routed experts' gate is made from; 0: there is none.
-        hc_mult: Residual streams.
-        hc_sinkhorn_iters: Rounds that make the streams' mixing doubly stochastic.
-        weight_block_size: Rows and columns that share a scale in an fp8 checkpoint.
-    """
-
-    head_dim: int
-    o_groups: int
-    o_lora_rank: int
-    sliding_window: int
-    layer_kinds: tuple[LayerKind, ...]
-    main_rope: RopeConfig
-    compress_rope: RopeConfig
-    moe_intermediate_size: int
-    router_types: tuple[RouterType, ...]
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    swiglu_limit: float
-    hc_mult: int
-    hc_sinkhorn_iters: int
-    hc_eps: float
-    weight_block_size: tuple[int, int] | None
-
-    def __post_init__(self) -> None:
-        """As ModelConfig, the head's parts and the experts."""
-        super().__post_init__()
-        self._require_at_most("qk_rope_head_dim", "head_dim", self.head_dim)
-        self._require_at_most("num_experts_per_tok", "n_routed_experts", self.n_routed_experts)
-        if self.num_attention_heads % self.o_groups:
-            raise ConfigError(
-                f"num_attention_heads: expected a multiple of o_groups {self.o_groups}, got {self.num_attention_heads}"
-            )
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        return self.layer_kinds[layer] if layer < self.num_hidden_layers else "swa"
-
-    def ratio(self, layer: int) -> int:
-        """Tokens that an entry of the layer stands for; 1: it has none."""
-        return RATIO_OF_KIND[self.layer_kind(layer)]
-
-    def owns_indexer(self, layer: int) -> bool:
-        """Whether a layer selects entries by itself."""
-        return self.layer_kind(layer) == "c4a" and self.index_schedule.is_full(layer)
-
-    def router_type(self, layer: int) -> RouterType:
-        """How a backbone or draft layer chooses its experts."""
-        return self.router_types[layer] if layer < self.num_hidden_layers else "scores"
