@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,21 @@ from fastdeploy_dsa.attention.backend import Support
 from fastdeploy_dsa.attention.deepseek_v4 import base, flashmla, plain_rows, reference
 from fastdeploy_dsa.attention.deepseek_v4.base import DeepseekV4Attention
 from fastdeploy_dsa.attention.deepseek_v4.flashmla import DeepseekV4FlashMLAAttention
-from fastdeploy_dsa.attention.deepseek_v4.o_proj import (
-    compute_fp8_einsum_recipe,
-    fp8_grouped_o_proj,
-    quantize_by_group,
-    reference_grouped_o_proj,
-)
+from fastdeploy_dsa.attention.deepseek_v4.o_proj import grouped_o_proj
 from fastdeploy_dsa.attention.deepseek_v4.plain_rows import DeepseekV4PlainRowAttention
 from fastdeploy_dsa.attention.deepseek_v4.reference import DeepseekV4ReferenceAttention
 from fastdeploy_dsa.attention.deepseek_v4.select import ATTENTION_CLASSES, select_dsv4_attn_cls
 from fastdeploy_dsa.attention.select import create_attention_backend
 from fastdeploy_dsa.config import CompressedConfig
-from fastdeploy_dsa.layers import linear
 from fastdeploy_dsa.models.deepseek_v4 import DeepseekV4ForCausalLM
 from fastdeploy_dsa.ops import CpuOptions
 from fastdeploy_dsa.rotary import Rotation
 from tests.kit.compare import assert_same
 from tests.kit.compressed_serving import CompressedServing
-from tests.kit.reference_model import formats
 from tests.kit.serving import in_one_step
 from tests.kit.tiny_compressed_model import random_weights, tiny_compressed_config
 
-ABSTRACT = {"supports", "get_padded_num_q_heads", "forward_mqa", "_o_proj"}
+ABSTRACT = {"supports", "get_padded_num_q_heads", "forward_mqa"}
 CPU = CpuOptions(num_threads=1)
 PRODUCTION = {"head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
 
@@ -178,14 +170,7 @@ def test_an_fp8_index_cache_of_wide_heads_is_refused() -> None:
         create_attention_backend(config_of(index_head_dim=192), cache_dtype="fp8", block_size=256)
 
 
-# Output projections --------------------------------------------------------------------------------------------------
-
-
-def test_the_einsum_recipe_follows_the_gpu_generation() -> None:
-    assert compute_fp8_einsum_recipe(9) == ((1, 128, 128), False)
-    assert compute_fp8_einsum_recipe(8) == ((1, 128, 128), False)
-    assert compute_fp8_einsum_recipe(10) == ((1, 1, 128), True)
-    assert compute_fp8_einsum_recipe(12, block=32) == ((1, 1, 32), True)
+# Output projection ---------------------------------------------------------------------------------------------------
 
 
 class Projection:
@@ -215,37 +200,11 @@ class Projection:
         groups = np.einsum("tgx,gox->tgo", o.reshape(6, 2, 160), self.wo_a)
         return groups.reshape(6, -1) @ self.wo_b.T
 
-    def run(self, function: Any) -> np.ndarray:
-        wo_b = partial(linear, weight=paddle.to_tensor(self.wo_b))
-        o = paddle.to_tensor(self.o)
-        return function(o, rotation=self.rotation, wo_a=paddle.to_tensor(self.wo_a), wo_b=wo_b, cpu=CPU).numpy()
+    def run(self) -> np.ndarray:
+        o, wo_a, wo_b = (paddle.to_tensor(given) for given in (self.o, self.wo_a, self.wo_b))
+        return grouped_o_proj(o, rotation=self.rotation, wo_a=wo_a, wo_b=wo_b, cpu=CPU).numpy()
 
 
 def test_groups_of_neighbouring_heads_are_projected_and_joined() -> None:
     case = Projection()
-    np.testing.assert_allclose(case.run(reference_grouped_o_proj), case.projected(case.unrotated()), rtol=0, atol=1e-3)
-
-
-def test_the_fp8_projection_is_that_of_quantised_heads() -> None:
-    case = Projection()
-    heads = case.unrotated().astype(np.float32).reshape(6, 2, 160)
-    quantised = np.zeros_like(heads, np.float64)
-    for first in (0, 128):
-        group = heads[..., first : first + 128]
-        scale = formats.ceil_pow2(np.maximum(np.abs(group).max(-1, keepdims=True), 1e-4) / np.float32(448))
-        quantised[..., first : first + 128] = formats.e4m3(group / scale) * scale
-    expected = case.projected(quantised)
-    np.testing.assert_allclose(case.run(fp8_grouped_o_proj), expected, rtol=0, atol=1e-3)
-    assert np.abs(expected - case.projected(case.unrotated())).max() > 0.1, "quantising moves nothing here"
-
-
-def test_scales_are_powers_of_two_at_and_around_their_bounds() -> None:
-    steps = 448.0 * 2.0 ** np.arange(-8, 8)
-    amax = np.concatenate([steps, np.nextafter(np.float32(steps), np.float32(np.inf)), [0.0, 1e-5]])
-    rows = np.zeros((len(amax), 130), np.float32)
-    rows[:, 3] = amax
-    numbers, scales = (part.numpy() for part in quantize_by_group(paddle.to_tensor(rows)))
-    expected = formats.ceil_pow2(np.maximum(rows[:, 3], np.float32(1e-4)) / np.float32(448))
-    assert np.array_equal(scales[:, 0], expected)
-    assert numbers.shape == rows.shape
-    assert np.abs(numbers).max() <= 448
+    np.testing.assert_allclose(case.run(), case.projected(case.unrotated()), rtol=0, atol=1e-3)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastdeploy_dsa.ops import reference
 from fastdeploy_dsa.ops.reference.compressed import SCALE_ALIGNMENT, VALUE_GROUP, state_place
-from tests.kit.cases import (
+from tests.kit.cases.common import (
     DTYPES,
     SPARE_BLOCKS,
     Arguments,

@@ -12,6 +12,7 @@ from fastdeploy_dsa.attention.backend import KVCaches, Support
 from fastdeploy_dsa.attention.deepseek_v4.backend import DeepseekV4AttentionBackend
 from fastdeploy_dsa.attention.deepseek_v4.compressor import Compressor
 from fastdeploy_dsa.attention.deepseek_v4.indexer import EntryIndexer
+from fastdeploy_dsa.attention.deepseek_v4.o_proj import grouped_o_proj
 from fastdeploy_dsa.attention.deepseek_v4.rotations import LayerRotations
 from fastdeploy_dsa.attention.deepseek_v4.step import LISTED_RATIO, SELECTED_RATIO, CompressedStep
 from fastdeploy_dsa.config import CompressedConfig
@@ -23,8 +24,8 @@ from fastdeploy_dsa.rotary import Rotation, rotate_last
 class DeepseekV4Attention(ABC):
     """Attention over a window and compressed entries (rules S11 to S13, S25 to S29, S43 to S50).
 
-    A platform subclass says how many heads its kernel takes, how rows attend, and how results are projected; it
-    overrides nothing else. Source: DeepSeek-V4 technical report.
+    A platform subclass says where it serves, how many heads its kernel takes and how rows attend; it overrides nothing
+    else without a reason of its own. Source: DeepSeek-V4 technical report.
 
     Attributes:
         backend_cls: Owner of the cache layout.
@@ -99,16 +100,6 @@ class DeepseekV4Attention(ABC):
             [num_rows, padded heads, head_dim] float32, in memory of its own.
         """
 
-    @abstractmethod
-    def _o_proj(self, o: Tensor, rotation: Rotation, attn_backend: DeepseekV4AttentionBackend) -> Tensor:
-        """Undo the rotation of the results of the live heads, and project them: [num_rows, hidden_size].
-
-        Args:
-            o: [num_rows, num_heads, head_dim] float32, the method's own to change.
-            rotation: Of the rows.
-            attn_backend: For its options.
-        """
-
     def forward(
         self,
         x: Tensor,
@@ -181,6 +172,19 @@ class DeepseekV4Attention(ABC):
         q_c = rms_norm(joined[:, : config.q_lora_rank], self._q_norm, config.rms_norm_eps)
         kv = rms_norm(joined[:, config.q_lora_rank :], self._kv_norm, config.rms_norm_eps)
         return q_c, rotate_last(kv, rotation)
+
+    def _o_proj(self, o: Tensor, rotation: Rotation, attn_backend: DeepseekV4AttentionBackend) -> Tensor:
+        """Undo the rotation of the results of the live heads, and project them: [num_rows, hidden_size].
+
+        Weights are float32 on every platform, so the product is the same on all of them. One with a product of its own
+        overrides this.
+
+        Args:
+            o: [num_rows, num_heads, head_dim] float32, the method's own to change.
+            rotation: Of the rows.
+            attn_backend: For its options.
+        """
+        return grouped_o_proj(o, rotation=rotation, wo_a=self._wo_a, wo_b=self._wo_b, cpu=attn_backend.cpu)
 
     def _write_entries(
         self,

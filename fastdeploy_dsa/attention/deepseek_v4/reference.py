@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 from paddle import Tensor
@@ -10,12 +9,9 @@ from paddle import Tensor
 from fastdeploy_dsa.attention.backend import KVCaches, Support, kernel_support
 from fastdeploy_dsa.attention.deepseek_v4.backend import DeepseekV4AttentionBackend
 from fastdeploy_dsa.attention.deepseek_v4.base import DeepseekV4Attention
-from fastdeploy_dsa.attention.deepseek_v4.o_proj import reference_grouped_o_proj
 from fastdeploy_dsa.attention.deepseek_v4.step import CompressedStep
 from fastdeploy_dsa.config import CompressedConfig
-from fastdeploy_dsa.layers import linear
 from fastdeploy_dsa.ops import CacheFormat, IndexSelection
-from fastdeploy_dsa.rotary import Rotation
 
 
 class DeepseekV4ReferenceAttention(DeepseekV4Attention):
@@ -44,7 +40,3 @@ class DeepseekV4ReferenceAttention(DeepseekV4Attention):
         return attn_backend.forward(
             q, (kv,), layer_id=self._layer_id, step=step, caches=caches, selection=selection, sinks=self._sinks
         )
-
-    def _o_proj(self, o: Tensor, rotation: Rotation, attn_backend: DeepseekV4AttentionBackend) -> Tensor:
-        wo_b = partial(linear, weight=self._wo_b)
-        return reference_grouped_o_proj(o, rotation=rotation, wo_a=self._wo_a, wo_b=wo_b, cpu=attn_backend.cpu)
