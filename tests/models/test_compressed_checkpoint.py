@@ -127,7 +127,7 @@ def test_weights_stored_as_they_are_released_serve_alike(tmp_path: Path) -> None
 
 def _write_packed(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """As safetensors, with the dtypes of the released files."""
-    from tests.models.test_checkpoint import Stored, f32, safetensors_bytes  # noqa: PLC0415 - bytes of files
+    from tests.kit.safetensors_files import Stored, f32, safetensors_bytes  # noqa: PLC0415 - bytes of files
 
     files: dict[str, Stored] = {}
     e4m3 = {value: code for code, value in enumerate([0.0, *[None] * 55, 1.0]) if value is not None}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdeploy_dsa.models.checkpoint import CheckpointError
-from tests.models.test_checkpoint import Stored, e4m3, e4m3_value, f32, load, write_single
+from tests.kit.safetensors_files import Stored, e4m3, e4m3_value, f32, load, write_single
 
 
 def powers(exponents: Any) -> Stored:

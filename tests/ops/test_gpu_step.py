@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastdeploy_dsa.ops import reference
 from tests.kit.c_api import CApi, CCpu
 from tests.kit.c_cuda import CCuda
-from tests.kit.cases import index_cache, latent_cache, numbers_as
+from tests.kit.cases.common import index_cache, latent_cache, numbers_as
 from tests.kit.compare import assert_same
 from tests.kit.poison import GuardedMemory
 

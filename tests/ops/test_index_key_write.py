@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.kit.c_api import CApi
-from tests.kit.cases import IndexKeyWriteCase, index_cache
+from tests.kit.cases import IndexKeyWriteCase
+from tests.kit.cases.common import index_cache
 from tests.kit.checks import check_index_key_write
 from tests.kit.compare import assert_same
 from tests.kit.implementation import Implementation

@@ -8,7 +8,8 @@ import pytest
 from fastdeploy_dsa.ops import reference
 from fastdeploy_dsa.ops.reference.caches import LatentFields
 from tests.kit.c_api import CApi
-from tests.kit.cases import MlaCacheWriteCase, latent_cache
+from tests.kit.cases import MlaCacheWriteCase
+from tests.kit.cases.common import latent_cache
 from tests.kit.checks import check_mla_cache_write
 from tests.kit.compare import assert_same
 from tests.kit.implementation import Implementation

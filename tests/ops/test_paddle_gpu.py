@@ -15,7 +15,7 @@ from tests.kit.paddle_ops import PaddleOps
 
 paddle = pytest.importorskip("paddle")
 
-from tests.test_ops_arguments import FITTING, IN_PLACE, TENSORS  # noqa: E402 - it imports paddle
+from tests.kit.op_arguments import FITTING, IN_PLACE, TENSORS  # noqa: E402 - it imports paddle
 
 
 def on_gpu(implementation: PaddleOps, arguments: dict[str, Any]) -> dict[str, Any]:
