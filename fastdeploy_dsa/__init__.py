@@ -1,10 +1,12 @@
 """DeepSeek Sparse Attention inference for PaddlePaddle.
 
-Importing the package does not import paddle: the names below arrive with their first use.
+Importing the package does not import paddle: the names below arrive with their first use. Its loggers are those below
+"fastdeploy_dsa"; they are given warnings only, unless a program sets another level there.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,11 @@ _HOMES = {
     "ModelConfig": "fastdeploy_dsa.config",
     "SamplingParams": "fastdeploy_dsa.engine",
 }
+
+# Importing paddle makes the root logger print everything from INFO on, whoever imports it.
+_LOGGER = logging.getLogger(__name__)
+if _LOGGER.level == logging.NOTSET:
+    _LOGGER.setLevel(logging.WARNING)
 
 
 def __getattr__(name: str) -> object:

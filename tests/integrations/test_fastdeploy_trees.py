@@ -35,11 +35,27 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
+TOLD = """
+import logging
+from tests.integrations.fastdeploy_rig import shims
+shims.apply()
+from fastdeploy_dsa.integrations.fastdeploy.installing import install
+install()
+print(logging.getLevelName(logging.getLogger("fastdeploy_dsa.config").getEffectiveLevel()))
+"""
+
 
 def fastdeploy_root() -> Path:
     from fastdeploy_dsa.integrations.fastdeploy.capabilities import fastdeploy_folder
 
     return fastdeploy_folder().parent
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """What Paddle says where a process runs on this device."""
+    import paddle
+
+    monkeypatch.setattr(paddle.device, "get_device", lambda: device)
 
 
 def v32_folder(folder: Path) -> Path:
@@ -82,6 +98,10 @@ class TestChoice:
         classes = [*chosen.values(), *map(ModelRegistry.get_class, ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"))]
         assert {kind.__module__.rsplit(".", 1)[0] for kind in classes} == {"fastdeploy_dsa.integrations.fastdeploy"}
         assert ModelRegistry.get_class("DeepseekV3ForCausalLM").__module__.startswith("fastdeploy.")
+
+    def test_what_the_package_tells_is_in_the_log_of_what_is_served(self) -> None:
+        ran = subprocess.run([sys.executable, "-c", TOLD], capture_output=True, text=True, timeout=600, check=True)
+        assert ran.stdout.splitlines()[-1] == "INFO"
 
     @pytest.mark.needs_cache_controller
     def test_the_runner_is_the_plugins_and_finds_its_controller(self) -> None:
@@ -143,16 +163,48 @@ class TestSizes:
         return config.CacheConfig({"model_cfg": model, "block_size": 64, **args})
 
     @pytest.mark.needs_cache_controller
-    def test_swap_space_holds_as_many_blocks_as_its_bytes(self, tmp_path: Path) -> None:
+    def test_swap_space_holds_as_many_blocks_as_its_bytes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """By FastDeploy's formula it would hold 36 times fewer."""
+        on(monkeypatch, "gpu:0")
         cache = self.cache_config(tmp_path, swap_space=2.0)
         assert cache.bytes_per_block == 3_076_352
         assert cache.num_cpu_blocks == 2 * GIB // 3_076_352
 
     @pytest.mark.needs_cache_controller
-    def test_a_draft_models_layer_has_its_place_on_the_host(self, tmp_path: Path) -> None:
+    def test_a_draft_models_layer_has_its_place_on_the_host(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on(monkeypatch, "gpu:0")
         cache = self.cache_config(tmp_path, swap_space=2.0, speculative_config={"method": "mtp"})
         assert cache.num_cpu_blocks == 2 * GIB // (64 * 62 * 788)
+
+    @pytest.mark.needs_cache_controller
+    @pytest.mark.parametrize(
+        ("device", "given", "token_bytes"),
+        [
+            ("cpu", None, 2304 + 512),
+            ("gpu:1", None, 656 + 132),
+            ("cpu", "fp8", 656 + 132),
+            ("gpu:0", "bfloat16", 1408),
+        ],
+    )
+    def test_the_host_blocks_have_the_format_that_the_backend_takes_on_the_device(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, given: str | None, token_bytes: int
+    ) -> None:
+        on(monkeypatch, device)
+        if given is not None:
+            monkeypatch.setenv("FD_DSA_CONFIG", json.dumps({"cache_format": given}))
+        assert self.cache_config(tmp_path, swap_space=2.0).bytes_per_block == 64 * 61 * token_bytes
+
+    @pytest.mark.needs_cache_controller
+    def test_the_configuration_counts_the_bytes_of_the_backends_blocks(self, yarn: GoldenCase) -> None:
+        from tests.integrations.fastdeploy_rig.rig import make_backend, make_config
+
+        config = make_config(yarn.folder)
+        num_layers = config.model_config.num_hidden_layers
+        assert config.cache_config.bytes_per_block == make_backend(config).bytes_per_block(num_layers)
 
     @pytest.mark.needs_cache_controller
     def test_a_number_that_the_engine_passes_on_stays(self, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,7 @@ def install() -> Capabilities:
     _register_models(found)
     _take_over_block_sizes()
     _log(found)
+    logging.getLogger("fastdeploy_dsa").setLevel(logging.INFO)  # what is served belongs into a server's log
     return found
 
 
