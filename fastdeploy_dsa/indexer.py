@@ -7,14 +7,7 @@ from paddle import Tensor
 
 from fastdeploy_dsa.config import DsaConfig
 from fastdeploy_dsa.layers import Weights, layer_norm, linear
-from fastdeploy_dsa.ops import (
-    CacheFormat,
-    CpuOptions,
-    IndexSelection,
-    index_key_write,
-    index_query_quant,
-    index_select,
-)
+from fastdeploy_dsa.ops import CpuOptions, IndexSelection, index_select
 from fastdeploy_dsa.rotary import Rotation, rotate_halves, rotate_interleaved
 from fastdeploy_dsa.step import StepMetadata
 
@@ -37,31 +30,41 @@ class Indexer:
         self._k_norm_bias = weights["k_norm.bias"]
         self._weights_proj = weights["weights_proj.weight"]
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        q_c: Tensor,
-        *,
-        rotation: Rotation,
-        step: StepMetadata,
-        index_cache: Tensor,
-        cpu: CpuOptions,
-    ) -> IndexSelection:
-        """Write the rows' index keys, then select for every row among everything it sees.
+    def keys(self, hidden: Tensor, rotation: Rotation) -> Tensor:
+        """Index keys of the rows, [num_rows, index_head_dim] float32, from the input of the attention layer."""
+        normed = layer_norm(linear(hidden, self._wk), self._k_norm_weight, self._k_norm_bias, K_NORM_EPS)
+        return self._rotate_first(normed, rotation)
+
+    def queries(self, hidden: Tensor, q_c: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Index queries of the rows, and the weights of their heads.
 
         Args:
             hidden: [num_rows, hidden_size] float32, input of the attention layer.
             q_c: [num_rows, q_lora_rank] float32, the normed query latent.
             rotation: Of the rows.
+
+        Returns:
+            [num_rows, index_n_heads, index_head_dim] and [num_rows, index_n_heads], float32.
+        """
+        heads = [-1, self._config.index_n_heads, self._config.index_head_dim]
+        query = self._rotate_first(linear(q_c, self._wq_b).reshape(heads), rotation)
+        return query, linear(hidden, self._weights_proj)
+
+    def select(
+        self, *, query: Tensor, folded_weights: Tensor, step: StepMetadata, index_cache: Tensor, cpu: CpuOptions
+    ) -> IndexSelection:
+        """Select for every row among everything it sees, the step's own keys included.
+
+        Args:
+            query: The rows' queries in the number format of the cache.
+            folded_weights: [num_rows, index_n_heads] float32, from `layer_write`, as the query.
             step: The rows.
-            index_cache: The layer's index keys, written in place.
+            index_cache: The layer's index keys, with those of the step.
             cpu: Options of the CPU ops.
 
         Returns:
             Selection of width index_topk.
         """
-        self.write_keys(hidden, rotation=rotation, step=step, index_cache=index_cache, cpu=cpu)
-        query, folded_weights = self.queries(hidden, q_c, rotation, _format_of(index_cache), cpu)
         return index_select(
             query=query,
             folded_weights=folded_weights,
@@ -73,27 +76,6 @@ class Indexer:
             topk=self._config.index_topk,
             cpu=cpu,
         )
-
-    def write_keys(
-        self, hidden: Tensor, *, rotation: Rotation, step: StepMetadata, index_cache: Tensor, cpu: CpuOptions
-    ) -> None:
-        """Write the rows' index keys alone: later rows may select these even if these select nothing (rule S23)."""
-        key = self.keys(hidden, rotation)
-        index_key_write(key=key, cache=index_cache, slot_mapping=step.slot_mapping, cpu=cpu)
-
-    def keys(self, hidden: Tensor, rotation: Rotation) -> Tensor:
-        """Index keys of the rows, [num_rows, index_head_dim] float32."""
-        normed = layer_norm(linear(hidden, self._wk), self._k_norm_weight, self._k_norm_bias, K_NORM_EPS)
-        return self._rotate_first(normed, rotation)
-
-    def queries(
-        self, hidden: Tensor, q_c: Tensor, rotation: Rotation, cache_format: CacheFormat, cpu: CpuOptions
-    ) -> tuple[Tensor, Tensor]:
-        """Index queries in the cache's number format and the folded head weights."""
-        heads = [-1, self._config.index_n_heads, self._config.index_head_dim]
-        query = self._rotate_first(linear(q_c, self._wq_b).reshape(heads), rotation)
-        weights = linear(hidden, self._weights_proj)
-        return index_query_quant(query=query, weights=weights, cache_format=cache_format, cpu=cpu)
 
     def _rotate_first(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Rotate the first qk_rope_head_dim numbers (latent attention rotates the last ones)."""
@@ -112,9 +94,3 @@ class Indexer:
             "k_norm.bias": (config.index_head_dim,),
             "weights_proj.weight": (config.index_n_heads, config.hidden_size),
         }
-
-
-def _format_of(cache: Tensor) -> CacheFormat:
-    if cache.dtype == paddle.uint8:
-        return "fp8"
-    return "bfloat16" if cache.dtype == paddle.bfloat16 else "float32"

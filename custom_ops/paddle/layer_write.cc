@@ -23,7 +23,7 @@ static std::vector<Tensor> layer_write(const Tensor& latent, const Tensor& rope,
 
     const dsa_cpu_options options = cpu_options(num_threads, isa);
     check_status(kOp.name, call(kOp, shapes.device, params, options));
-    return {latent_cache, index_cache, outputs.quantized, outputs.folded_weights};
+    return {outputs.quantized, outputs.folded_weights};  // Paddle adds the caches, and warns if it gets them twice
 }
 
 }  // namespace binding

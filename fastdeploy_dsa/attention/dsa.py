@@ -10,14 +10,16 @@ from fastdeploy_dsa.attention.mla import MLAAttentionBackend
 from fastdeploy_dsa.cache_layout import dsa_specs, owning_layers
 from fastdeploy_dsa.config import DsaConfig, ModelConfig
 from fastdeploy_dsa.index_schedule import IndexSchedule
-from fastdeploy_dsa.ops import CacheFormat, CpuOptions, IndexSelection
+from fastdeploy_dsa.ops import CacheFormat, CpuOptions, IndexSelection, index_key_write, layer_write
 from fastdeploy_dsa.step import StepMetadata
 
 
 class DSAAttentionBackend(MLAAttentionBackend):
     """Latent attention with a second tensor, role `indexer`, on the layers that own an indexer.
 
-    Those are the full layers of the schedule and every draft layer (ids from num_hidden_layers on).
+    Those are the full layers of the schedule and every draft layer (ids from num_hidden_layers on); their entries have
+    a third part, the index key [num_rows, index_head_dim]. A selection needs the step's keys: a layer that selects
+    calls `write_and_quantise`, and `attend` with what it selected.
     """
 
     def __init__(
@@ -92,3 +94,54 @@ class DSAAttentionBackend(MLAAttentionBackend):
         if selection is None:
             raise ValueError(f"selection: layer {layer_id} attends to selected tokens and got None")
         return super().forward(query, entries, layer_id=layer_id, step=step, caches=caches, selection=selection)
+
+    def write_entries(
+        self, entries: tuple[Tensor, ...], *, layer_id: int, step: StepMetadata, caches: KVCaches
+    ) -> None:
+        """As the base says: the index key, too, whether or not the layer selects in this step (rule S23).
+
+        Raises:
+            ValueError: An index key and no index cache, or the other way round; nothing was written.
+        """
+        num_parts = 3 if ("indexer", layer_id) in caches else 2
+        if len(entries) != num_parts:
+            raise ValueError(f"entries: expected {num_parts} parts on layer {layer_id}, got {len(entries)}")
+        super().write_entries(entries[:2], layer_id=layer_id, step=step, caches=caches)
+        for key in entries[2:]:
+            index_key_write(key=key, cache=caches["indexer", layer_id], slot_mapping=step.slot_mapping, cpu=self.cpu)
+
+    def write_and_quantise(
+        self,
+        entries: tuple[Tensor, ...],
+        index_query: tuple[Tensor, Tensor],
+        *,
+        layer_id: int,
+        step: StepMetadata,
+        caches: KVCaches,
+    ) -> tuple[Tensor, Tensor]:
+        """What write_entries writes, and the index query in the format of the index cache: one launch on a GPU.
+
+        Args:
+            entries: (latent, rope, index key).
+            index_query: Rotated queries [num_rows, index_n_heads, index_head_dim] and weights of the heads
+                [num_rows, index_n_heads] float32.
+            layer_id: Absolute id of a layer with an index cache.
+            step: The rows.
+            caches: Cache tensors by (role, layer id).
+
+        Returns:
+            Query and folded weights, as `index_select` takes them.
+        """
+        latent, rope, key = entries
+        query, weights = index_query
+        return layer_write(
+            latent=latent,
+            rope=rope,
+            latent_cache=caches["key", layer_id],
+            key=key,
+            index_cache=caches["indexer", layer_id],
+            query=query,
+            weights=weights,
+            slot_mapping=step.slot_mapping,
+            cpu=self.cpu,
+        )

@@ -88,6 +88,18 @@ class MLAAttentionBackend(AttentionBackend):
         self.write_entries(entries, layer_id=layer_id, step=step, caches=caches)
         if selection is None:
             selection = whole_context(step, self.block_size)
+        return self.attend(query, layer_id=layer_id, caches=caches, selection=selection)
+
+    def write_entries(
+        self, entries: tuple[Tensor, ...], *, layer_id: int, step: StepMetadata, caches: KVCaches
+    ) -> None:
+        """The first half of `forward` alone, for rows that others attend to and that need no result themselves."""
+        latent, rope = entries
+        cache = caches["key", layer_id]
+        mla_cache_write(latent=latent, rope=rope, cache=cache, slot_mapping=step.slot_mapping, cpu=self.cpu)
+
+    def attend(self, query: Tensor, *, layer_id: int, caches: KVCaches, selection: IndexSelection) -> Tensor:
+        """The second half of `forward` alone, when the step's entries are written."""
         out, _ = sparse_mla(
             query=query,
             latent_cache=caches["key", layer_id],
@@ -98,14 +110,6 @@ class MLAAttentionBackend(AttentionBackend):
             cpu=self.cpu,
         )
         return out
-
-    def write_entries(
-        self, entries: tuple[Tensor, ...], *, layer_id: int, step: StepMetadata, caches: KVCaches
-    ) -> None:
-        """The first half of `forward` alone, for rows that others attend to and that need no result themselves."""
-        latent, rope = entries
-        cache = caches["key", layer_id]
-        mla_cache_write(latent=latent, rope=rope, cache=cache, slot_mapping=step.slot_mapping, cpu=self.cpu)
 
 
 def whole_context(step: StepMetadata, block_size: int) -> IndexSelection:

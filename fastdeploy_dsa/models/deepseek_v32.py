@@ -66,22 +66,24 @@ class DeepseekV32Attention:
             [num_rows, hidden_size] and the selection used.
         """
         q_c = rms_norm(linear(x, self._q_a), self._q_a_norm, self._config.rms_norm_eps)
-        if self.indexer is not None:
-            cache, cpu = caches["indexer", self._layer_id], attn_backend.cpu
-            if selection is None:
-                selection = self.indexer(x, q_c, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
-            else:
-                self.indexer.write_keys(x, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
-        if selection is None:
-            raise ValueError(f"selection: layer {self._layer_id} owns no indexer and got no selection")
-        attended = attn_backend.forward(
-            self._queries(q_c, rotation),
-            self._entries(x, rotation),
-            layer_id=self._layer_id,
-            step=step,
-            caches=caches,
-            selection=selection,
-        )
+        entries, layer_id = self._entries(x, rotation), self._layer_id
+        if selection is not None:
+            attn_backend.write_entries(entries, layer_id=layer_id, step=step, caches=caches)
+        elif self.indexer is not None:
+            index_query, folded_weights = attn_backend.write_and_quantise(
+                entries, self.indexer.queries(x, q_c, rotation), layer_id=layer_id, step=step, caches=caches
+            )
+            selection = self.indexer.select(
+                query=index_query,
+                folded_weights=folded_weights,
+                step=step,
+                index_cache=caches["indexer", layer_id],
+                cpu=attn_backend.cpu,
+            )
+        else:
+            raise ValueError(f"selection: layer {layer_id} owns no indexer and got no selection")
+        query = self._queries(q_c, rotation)
+        attended = attn_backend.attend(query, layer_id=layer_id, caches=caches, selection=selection)
         return self.output(attended), selection
 
     def write_entries(
@@ -94,9 +96,6 @@ class DeepseekV32Attention:
         caches: KVCaches,
     ) -> None:
         """What a call writes to the caches, without its result. Args as of a call."""
-        if self.indexer is not None:
-            cache, cpu = caches["indexer", self._layer_id], attn_backend.cpu
-            self.indexer.write_keys(x, rotation=rotation, step=step, index_cache=cache, cpu=cpu)
         entries = self._entries(x, rotation)
         attn_backend.write_entries(entries, layer_id=self._layer_id, step=step, caches=caches)
 
@@ -112,12 +111,13 @@ class DeepseekV32Attention:
         latent = paddle.matmul(q[..., :nope].transpose([1, 0, 2]), self._w_uk).transpose([1, 0, 2])
         return paddle.concat([latent, rotate_interleaved(q[..., nope:], rotation)], axis=-1)
 
-    def _entries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """What the rows add to the latent cache: normed latent and rotated key."""
+    def _entries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
+        """What the rows add to the layer's caches: normed latent, rotated key, and the index key of an indexer."""
         kv = linear(x, self._kv_a)
         rank = self._config.kv_lora_rank
         latent = rms_norm(kv[:, :rank], self._kv_a_norm, self._config.rms_norm_eps)
-        return latent, rotate_interleaved(kv[:, rank:], rotation)
+        rope = rotate_interleaved(kv[:, rank:], rotation)
+        return (latent, rope) if self.indexer is None else (latent, rope, self.indexer.keys(x, rotation))
 
     @staticmethod
     def shapes(config: DsaConfig, layer_id: int) -> dict[str, tuple[int, ...]]:

@@ -196,7 +196,7 @@ def test_a_layer_waits_for_its_load_before_it_touches_its_caches(
     yarn: GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FastDeploy waits behind the indexer (defect 30)."""
-    from fastdeploy_dsa.attention import mla
+    from fastdeploy_dsa.attention import dsa, mla
     from fastdeploy_dsa.integrations.fastdeploy import sparse_layers
 
     rig, ids = rig_of(yarn.folder), yarn.prompts[0].fed_ids
@@ -210,10 +210,9 @@ def test_a_layer_waits_for_its_load_before_it_touches_its_caches(
         run = getattr(module, op)
         monkeypatch.setattr(module, op, lambda **given: (order.append(op), run(**given))[1])
 
-    for op in ("index_key_write", "index_select"):
-        recorded(sparse_layers, op)
-    for op in ("mla_cache_write", "sparse_mla"):
-        recorded(mla, op)
+    recorded(dsa, "layer_write")
+    recorded(sparse_layers, "index_select")
+    recorded(mla, "sparse_mla")
     meta = rig.forward_meta([Chunk(1, ids, 0, 8, True)])
     rig.backend.init_attention_metadata(meta)
     meta.layer_done_counter = Counter()
@@ -221,9 +220,9 @@ def test_a_layer_waits_for_its_load_before_it_touches_its_caches(
         rig.run(meta)
     for layer in range(3):
         first = order.index(f"wait {layer}")
-        assert order[first + 1] in (f"wait {layer}", "index_key_write")
-        accesses = [what for what in order[first:] if not what.startswith("wait")][:4]
-        assert accesses == ["index_key_write", "index_select", "mla_cache_write", "sparse_mla"]
+        assert order[first + 1] in (f"wait {layer}", "layer_write")
+        accesses = [what for what in order[first:] if not what.startswith("wait")][:3]
+        assert accesses == ["layer_write", "index_select", "sparse_mla"]
     before_first = order[: order.index("wait 0")]
     assert before_first == []
 
@@ -235,10 +234,6 @@ def test_heads_of_a_rank_give_their_slice_of_all_heads(yarn: GoldenCase, heads: 
     rig.step([Chunk(1, ids, 0, 50, True)])
     rng = np.random.default_rng(heads)
     query = paddle.to_tensor(rng.standard_normal((6, 128, 576)).astype(np.float32))
-    entries = {
-        "compressed_kv": paddle.to_tensor(rng.standard_normal((6, 512)).astype(np.float32)),
-        "k_pe": paddle.to_tensor(rng.standard_normal((6, 1, 64)).astype(np.float32)),
-    }
     meta = rig.forward_meta([Chunk(1, ids, 50, 56, False)])
     rig.backend.init_attention_metadata(meta)
     rows = rig.backend.begin_rows(meta)
@@ -248,7 +243,7 @@ def test_heads_of_a_rank_give_their_slice_of_all_heads(yarn: GoldenCase, heads: 
     selected[:, 0, :8] = slots
 
     def attend(q: Any) -> np.ndarray:
-        return rig.backend.forward(q, None, selected, None, **entries, layer=layer, forward_meta=meta).numpy()
+        return rig.backend.forward(q, None, selected, None, None, None, layer=layer, forward_meta=meta).numpy()
 
     whole = attend(query)
     assert whole.shape == (6, 128, 512)

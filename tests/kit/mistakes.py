@@ -17,6 +17,7 @@ import pytest
 import fastdeploy_dsa.models  # before the indexer, which it imports and which imports its layers
 
 # isort: split
+import fastdeploy_dsa.attention.dsa
 import fastdeploy_dsa.indexer
 import fastdeploy_dsa.layers
 import fastdeploy_dsa.models.deepseek_v32
@@ -196,9 +197,10 @@ def _schedule_with_offset(offset: int, freq: int = 4) -> Mistake:
     def plant(planting: Planting) -> None:
         letters = ["S" if max(layer - offset + 1, 0) % freq else "F" for layer in range(len(planting.attentions))]
         _borrow_indexers(planting, [layer for layer, letter in enumerate(letters) if letter == "F"])
-        for attention, letter in zip(planting.attentions, letters, strict=True):
+        for layer, letter in enumerate(letters):
             if letter == "S":
-                planting.patch.setattr(attention, "indexer", None)
+                planting.patch.setattr(planting.attentions[layer], "indexer", None)
+                planting.patch.delitem(planting.serving.caches, ("indexer", layer), raising=False)
 
     return plant
 
@@ -266,13 +268,13 @@ def folded_times(factor: Callable[[Any], float]) -> Mistake:
     """Head weights times a factor computed from the config: a missing constant."""
 
     def plant(planting: Planting) -> None:
-        right = fastdeploy_dsa.indexer.index_query_quant
+        right = fastdeploy_dsa.attention.dsa.layer_write
 
         def wrong(**arguments: Any) -> Any:
             quantized, folded = right(**arguments)
             return quantized, folded * factor(planting.config)
 
-        planting.patch.setattr(fastdeploy_dsa.indexer, "index_query_quant", wrong)
+        planting.patch.setattr(fastdeploy_dsa.attention.dsa, "layer_write", wrong)
 
     return plant
 
@@ -298,9 +300,9 @@ def _latent_width_scale(config: Any, right: float, m: float) -> float:
 def _pad_reads_token_0(planting: Planting) -> None:
     """On the layers that select by themselves."""
     backend = planting.serving.backend
-    right = backend.forward
+    right = backend.attend
 
-    def wrong(*rows: Any, layer_id: int, selection: IndexSelection, **rest: Any) -> Any:
+    def wrong(query: Any, *, layer_id: int, selection: IndexSelection, **rest: Any) -> Any:
         if planting.attentions[layer_id].indexer is not None:
             slot_of_0 = int(planting.serving.block_table[0, 0]) * backend.block_size
             slots = selection.slot_ids.numpy()
@@ -308,9 +310,9 @@ def _pad_reads_token_0(planting: Planting) -> None:
                 slot_ids=paddle.to_tensor(np.where(slots < 0, slot_of_0, slots).astype(np.int32)),
                 counts=paddle.full_like(selection.counts, slots.shape[1]),
             )
-        return right(*rows, layer_id=layer_id, selection=selection, **rest)
+        return right(query, layer_id=layer_id, selection=selection, **rest)
 
-    planting.patch.setattr(backend, "forward", wrong)
+    planting.patch.setattr(backend, "attend", wrong)
 
 
 def _rope_before_nope(planting: Planting) -> None:

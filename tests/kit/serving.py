@@ -15,7 +15,6 @@ import pytest
 import fastdeploy_dsa.models  # before the indexer, which it imports and which imports its layers
 
 # isort: split
-import fastdeploy_dsa.indexer
 import fastdeploy_dsa.layers
 from fastdeploy_dsa.attention.dsa import DSAAttentionBackend
 from fastdeploy_dsa.attention.select import create_attention_backend
@@ -270,12 +269,17 @@ class _RecordingIndexer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._indexer, name)
 
-    def __call__(self, hidden: Any, q_c: Any, *, rotation: Any, step: Any, index_cache: Any, cpu: Any) -> Any:
-        selection = self._indexer(hidden, q_c, rotation=rotation, step=step, index_cache=index_cache, cpu=cpu)
-        query, folded, unquantised = self._queries(hidden, q_c, rotation, _FORMAT_OF[index_cache.dtype], cpu)
+    def queries(self, *given: Any) -> Any:
+        self._unquantised = self._indexer.queries(*given)
+        return self._unquantised
+
+    def select(self, *, query: Any, folded_weights: Any, step: Any, index_cache: Any, cpu: Any) -> Any:
+        selection = self._indexer.select(
+            query=query, folded_weights=folded_weights, step=step, index_cache=index_cache, cpu=cpu
+        )
         scores = indexer_logits(
             query=query,
-            folded_weights=folded,
+            folded_weights=folded_weights,
             index_cache=index_cache,
             block_table=step.block_table,
             request_ids=step.request_ids,
@@ -287,23 +291,11 @@ class _RecordingIndexer:
         self._records["index_scores"][self._layer] = np.where(visible, scores, np.nan)
 
         # The scale of a query is known only as a factor of its head weight: with weights of 1 it comes out alone.
-        unquantised["weights"] = paddle.ones_like(unquantised["weights"])
-        _, scale = index_query_quant(**unquantised)
+        unquantised, weights = self._unquantised
+        _, scale = index_query_quant(
+            query=unquantised, weights=paddle.ones_like(weights), cache_format=_FORMAT_OF[index_cache.dtype], cpu=cpu
+        )
         constant = np.float32((query.shape[1] * query.shape[2]) ** -0.5)
         self._records["query_scale"][self._layer] = (scale.numpy() / constant).astype(np.float64)
         self._records["query_numbers"][self._layer] = reference.decode(_packed(query)).astype(np.float64)
         return selection
-
-    def _queries(self, hidden: Any, q_c: Any, rotation: Any, cache_format: Any, cpu: Any) -> tuple[Any, Any, Any]:
-        """Queries, folded weights, and the arguments that they were made from."""
-        arguments: dict[str, Any] = {}
-        quant = fastdeploy_dsa.indexer.index_query_quant
-
-        def spied(**given: Any) -> Any:
-            arguments.update(given)
-            return quant(**given)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fastdeploy_dsa.indexer, "index_query_quant", spied)
-            query, folded = self._indexer.queries(hidden, q_c, rotation, cache_format, cpu)
-        return query, folded, arguments

@@ -69,7 +69,7 @@ class FastDeployDSABackend(CacheMethods, dsa_attention_backend.DSAAttentionBacke
         config = self.served.config
         self.attn_softmax_scale = config.softmax_scale
         self.index_schedule = config.index_schedule
-        self.cache_format = self.served.cache_format(on_gpu=_device() != CPU)
+        self.cache_format = self.served.settings.resolved_cache_format(_device())
         self._rotary = RotaryTable(config.rope, config.qk_rope_head_dim)
         self._rotary.lookup(paddle.zeros([1], "int32"), self.max_seq_len)  # it does not grow, or move, in a graph
         self._keys = ordered_keys(self.cache_spec(self.served.layer_ids))
@@ -129,20 +129,20 @@ class FastDeployDSABackend(CacheMethods, dsa_attention_backend.DSAAttentionBacke
         k: Tensor | None,
         v: Tensor,
         qkv: Tensor | None,
-        compressed_kv: Tensor,
-        k_pe: Tensor,
+        compressed_kv: Tensor | None,
+        k_pe: Tensor | None,
         layer: Any,
         forward_meta: Any,
     ) -> Tensor:
-        """Write the step's latent rows, then attend to the selected slots.
+        """Attend to the selected slots; the layer has written the step's rows, because its selection needed them.
 
         Args:
             q: [T, heads, kv_lora_rank + qk_rope_head_dim], absorbed and rotated; any number of heads.
             k: Not read.
             v: [T, 1, index_topk] int32, slots of this package's indexer.
             qkv: Not read.
-            compressed_kv: [T, kv_lora_rank], normalised.
-            k_pe: [T, 1, qk_rope_head_dim], rotated.
+            compressed_kv: Not read.
+            k_pe: Not read.
             layer: FastDeploy's Attention layer.
             forward_meta: Of the step.
 
@@ -159,11 +159,9 @@ class FastDeployDSABackend(CacheMethods, dsa_attention_backend.DSAAttentionBacke
             )
         rows = self.rows
         slot_ids = v.reshape([v.shape[0], v.shape[-1]])
-        return self.owner.forward(
+        return self.owner.attend(
             q,
-            (compressed_kv, k_pe.reshape([-1, self.qk_rope_head_dim])),
             layer_id=self.served.absolute_id(layer.layer_id),
-            step=rows.step,
             caches=rows.caches,
             selection=IndexSelection(positions=slot_ids, slot_ids=slot_ids, counts=rows.counts),
         )

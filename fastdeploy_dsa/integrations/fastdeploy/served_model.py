@@ -12,7 +12,6 @@ from typing import Any
 from fastdeploy_dsa.config import MODELS, DsaConfig
 from fastdeploy_dsa.integrations.fastdeploy.errors import PluginError
 from fastdeploy_dsa.integrations.fastdeploy.settings import VARIABLE, Settings, read_settings
-from fastdeploy_dsa.ops import CacheFormat
 
 ARCHITECTURES = tuple(model.architecture for model in MODELS if model.family == "dsa")
 """What the plug-in serves; the engine runs more models, for which FastDeploy has no layers."""
@@ -42,10 +41,6 @@ class ServedModel:
     def absolute_id(self, layer_id: int) -> int:
         """Absolute id of a layer by FastDeploy's, which may count a draft's layers from 0."""
         return layer_id if layer_id >= self.layer_ids[0] else self.layer_ids[0] + layer_id
-
-    def cache_format(self, on_gpu: bool) -> CacheFormat:
-        """Number format of the caches: fp8 on a GPU and float32 on the CPU, unless the settings say otherwise."""
-        return self.settings.cache_format or ("fp8" if on_gpu else "float32")
 
 
 def served_model(fd_config: Any) -> ServedModel:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdeploy_dsa.cache_layout import CACHE_FORMATS
+from fastdeploy_dsa.device import CPU
 from fastdeploy_dsa.integrations.fastdeploy.errors import PluginError
 from fastdeploy_dsa.ops import CacheFormat
 from fastdeploy_dsa.strict_json import parse_json_object
@@ -36,6 +37,10 @@ class Settings:
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     cache_format: CacheFormat | None = None
+
+    def resolved_cache_format(self, device: str) -> CacheFormat:
+        """Number format of the caches on a device by Paddle's name for it."""
+        return self.cache_format or ("float32" if device == CPU else "fp8")
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:

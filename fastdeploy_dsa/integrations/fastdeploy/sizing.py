@@ -57,6 +57,7 @@ def size_host_cache(cache_config: Any, args: Mapping[str, Any]) -> None:
     Raises:
         PluginError: A host cache is asked for that this setting cannot have.
     """
+    import paddle
     from fastdeploy import envs
 
     model = getattr(cache_config, "model_cfg", None)
@@ -64,7 +65,9 @@ def size_host_cache(cache_config: Any, args: Mapping[str, Any]) -> None:
     if model is None or backend not in ("DSA_ATTN", "MLA_ATTN"):
         return
     config = _latent_config(model, backend)
-    cache_format: CacheFormat = "bfloat16" if backend == "MLA_ATTN" else (read_settings().cache_format or "fp8")
+    cache_format: CacheFormat = "bfloat16"
+    if backend == "DSA_ATTN":
+        cache_format = read_settings().resolved_cache_format(str(paddle.device.get_device()))
     uses_controller = bool(getattr(envs, "ENABLE_V1_KVCACHE_MANAGER", 0))
     cache_config.bytes_per_block = block_bytes(
         config,

@@ -18,10 +18,10 @@ from fastdeploy_dsa.integrations.fastdeploy.dsa_backend import FastDeployDSABack
 from fastdeploy_dsa.integrations.fastdeploy.errors import PluginError
 from fastdeploy_dsa.integrations.fastdeploy.hiding import replaced
 from fastdeploy_dsa.integrations.fastdeploy.served_model import ServedModel, served_model
-from fastdeploy_dsa.integrations.fastdeploy.step_rows import StepRows
 from fastdeploy_dsa.layers import layer_norm
-from fastdeploy_dsa.ops import CacheFormat, IndexSelection, index_key_write, index_query_quant, index_select
+from fastdeploy_dsa.ops import IndexSelection, index_select
 from fastdeploy_dsa.rotary import Rotation, rotate_halves, rotate_interleaved
+from fastdeploy_dsa.step import StepMetadata
 
 
 class KeyNorm(nn.Layer):
@@ -51,34 +51,43 @@ class SparseIndexer(deepseek_v3.Indexer):  # type: ignore[misc]
         self.k_norm = KeyNorm(self.index_head_dim)
         self._rotate = rotate_interleaved if served_model(fd_config).config.indexer_rope_interleave else rotate_halves
 
-    def forward(self, hidden: Tensor, q_c: Tensor, *, rows: StepRows, index_cache: Tensor) -> IndexSelection:
-        """Write the rows' index keys, then select for every row among everything it sees.
+    def keys(self, hidden: Tensor, rotation: Rotation) -> Tensor:
+        """Index keys of the rows, [T, index_head_dim], from the input of the attention layer."""
+        return self._rotate_first(self.k_norm(self.wk(hidden)), rotation)
+
+    def queries(self, hidden: Tensor, q_c: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Index queries [T, index_n_heads, index_head_dim], and the weights of their heads, float32.
 
         Args:
             hidden: [T, hidden_size], input of the attention layer.
             q_c: [T, q_lora_rank], the normed query latent.
-            rows: Of the step.
-            index_cache: The layer's index keys, written in place.
+            rotation: Of the rows.
+        """
+        query = self.wq_b(q_c).reshape([-1, self.index_n_heads, self.index_head_dim])
+        return self._rotate_first(query, rotation), self.weights_proj(hidden).astype("float32")
+
+    def select(
+        self, *, query: Tensor, folded_weights: Tensor, step: StepMetadata, index_cache: Tensor
+    ) -> IndexSelection:
+        """Select for every row among everything it sees; the step's keys are written.
+
+        Args:
+            query: In the number format of the cache.
+            folded_weights: [T, index_n_heads] float32.
+            step: The rows.
+            index_cache: The layer's index keys.
 
         Returns:
             Selection of width index_topk: the same on every rank of a tensor-parallel group, because its inputs are.
         """
-        key = self._rotate_first(self.k_norm(self.wk(hidden)), rows.rotation)
-        index_key_write(key=key, cache=index_cache, slot_mapping=rows.step.slot_mapping)
-        query = self.wq_b(q_c).reshape([-1, self.index_n_heads, self.index_head_dim])
-        quantized, folded_weights = index_query_quant(
-            query=self._rotate_first(query, rows.rotation),
-            weights=self.weights_proj(hidden).astype("float32"),
-            cache_format=_FORMAT_OF[index_cache.dtype],
-        )
         return index_select(
-            query=quantized,
+            query=query,
             folded_weights=folded_weights,
             index_cache=index_cache,
-            block_table=rows.step.block_table,
-            request_ids=rows.step.request_ids,
-            lengths=rows.step.lengths,
-            max_length=rows.step.max_length,
+            block_table=step.block_table,
+            request_ids=step.request_ids,
+            lengths=step.lengths,
+            max_length=step.max_length,
             topk=self.index_topk,
         )
 
@@ -124,23 +133,40 @@ class SparseAttention(deepseek_v3.DeepseekV32DSAAttention):  # type: ignore[misc
         projected = self.qkv_a_proj_with_mqa(hidden_states)
         q_c, latent, rope = projected.split([self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim], axis=-1)
         q_c = self.q_a_layernorm(q_c)[0]
+        latent = self.kv_a_layernorm(latent.contiguous())[0]
+        rope = rotate_in_float32(rotate_interleaved, rope, rows.rotation)
+        selection = self._write_and_select(hidden_states, q_c, (latent, rope), backend)
         attended = self.dsa_attn(
             q=self._queries(q_c, rows.rotation),
             k=None,
-            v=self._select(hidden_states, q_c, rows).slot_ids.unsqueeze(1),
+            v=selection.slot_ids.unsqueeze(1),
             qkv=None,
-            compressed_kv=self.kv_a_layernorm(latent.contiguous())[0],
-            k_pe=rotate_in_float32(rotate_interleaved, rope, rows.rotation).unsqueeze(1),
+            compressed_kv=None,  # written already, with the index key
+            k_pe=None,
             forward_meta=forward_meta,
         )
         values = self.kv_b_proj_bmm(attended.transpose([1, 0, 2]).contiguous(), proj_type="v").transpose([1, 0, 2])
         out: Tensor = self.o_proj(values.reshape([-1, self.num_attention_heads_tp * self.v_head_dim]))
         return out
 
-    def _select(self, hidden_states: Tensor, q_c: Tensor, rows: StepRows) -> IndexSelection:
-        if self.indexer is not None:
-            rows.selections[self._layer_id] = self.indexer(
-                hidden_states, q_c, rows=rows, index_cache=rows.caches["indexer", self._layer_id]
+    def _write_and_select(
+        self, hidden_states: Tensor, q_c: Tensor, latent_row: tuple[Tensor, Tensor], backend: FastDeployDSABackend
+    ) -> IndexSelection:
+        """Write what the rows add to the layer's caches; the selection is the layer's own or the one it shares."""
+        rows, layer_id = backend.rows, self._layer_id
+        step, caches = rows.step, rows.caches
+        if self.indexer is None:
+            backend.owner.write_entries(latent_row, layer_id=layer_id, step=step, caches=caches)
+        else:
+            query, folded_weights = backend.owner.write_and_quantise(
+                (*latent_row, self.indexer.keys(hidden_states, rows.rotation)),
+                self.indexer.queries(hidden_states, q_c, rows.rotation),
+                layer_id=layer_id,
+                step=step,
+                caches=caches,
+            )
+            rows.selections[layer_id] = self.indexer.select(
+                query=query, folded_weights=folded_weights, step=step, index_cache=caches["indexer", layer_id]
             )
         return rows.selections[self._selecting_layer]
 
@@ -194,6 +220,3 @@ def recorded(weights: Iterable[tuple[str, Any]], seen: set[str]) -> Iterator[tup
     for name, weight in weights:
         seen.add(name)
         yield name, weight
-
-
-_FORMAT_OF: dict[Any, CacheFormat] = {paddle.uint8: "fp8", paddle.bfloat16: "bfloat16", paddle.float32: "float32"}
