@@ -15,7 +15,11 @@ dsa_status sparse_mla_sm90_rows(const dsa_sparse_mla_params&, const Device&, int
 
 size_t sparse_mla_sm90_rows_workspace_bytes(const dsa_sparse_mla_params&, const Device&) { return 0; }
 
-dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params&, const Device&, cudaStream_t) { return DSA_UNSUPPORTED; }
+dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params&, const Device&, bool, cudaStream_t) {
+    return DSA_UNSUPPORTED;
+}
+
+size_t sparse_mla_sm90_heads_workspace_bytes(const dsa_sparse_mla_params&) { return 0; }
 
 dsa_status compressed_mla_sm90(const dsa_compressed_mla_params&, const CompressedMlaLayouts&, int32_t, const Device&,
                                cudaStream_t) {

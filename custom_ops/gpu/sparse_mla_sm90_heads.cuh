@@ -16,7 +16,7 @@
 
 #include "e4m3_to_bf16.cuh"
 #include "hopper.cuh"
-#include "sparse_mla_widen.cuh"
+#include "sparse_mla_sm90_widen.h"
 #include "wgmma.cuh"
 
 namespace dsa {

@@ -7,7 +7,7 @@
  * How many blocks are used is known on the device only. If they are more than there is room for, or if rows are used too
  * seldom for this to pay, nothing is widened, and the attention, which looks at the same number, takes the cache itself.
  */
-#include "sparse_mla_widen.cuh"
+#include "sparse_mla_sm90_widen.h"
 
 #include "e4m3_to_bf16.cuh"
 

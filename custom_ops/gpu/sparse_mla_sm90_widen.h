@@ -3,8 +3,8 @@
  * The query rows of a prefill step select from the same few contexts, so that a cache row is wanted many times. Widened
  * while it is gathered, it is converted each time; here it is converted once, and gathered as bfloat16.
  */
-#ifndef DSA_GPU_SPARSE_MLA_WIDEN_CUH_
-#define DSA_GPU_SPARSE_MLA_WIDEN_CUH_
+#ifndef DSA_GPU_SPARSE_MLA_SM90_WIDEN_H_
+#define DSA_GPU_SPARSE_MLA_SM90_WIDEN_H_
 
 #include <stddef.h>
 #include <stdint.h>
@@ -35,4 +35,4 @@ dsa_status widen_rows(const dsa_sparse_mla_params& params, const Device& device,
 }  // namespace gpu
 }  // namespace dsa
 
-#endif /* DSA_GPU_SPARSE_MLA_WIDEN_CUH_ */
+#endif /* DSA_GPU_SPARSE_MLA_SM90_WIDEN_H_ */
