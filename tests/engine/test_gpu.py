@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,13 @@ import pytest
 from paddle import Tensor
 
 from fastdeploy_dsa import LLM, SamplingParams, ops
-from fastdeploy_dsa.device import use_device
 from fastdeploy_dsa.engine.decode_graphs import DecodeGraphs, DecodeLimits
 from fastdeploy_dsa.engine.step_inputs import StepInputs
 from fastdeploy_dsa.installation import DEMO_MODEL
 from fastdeploy_dsa.step import StepMetadata
 from tests.kit.compare import assert_same
-from tests.kit.paddle_ops import PaddleOps
+from tests.kit.tiny_compressed_model import VOCAB_SIZE, write_tiny_compressed_model
 
-FALLBACK = "FLAGS_enable_api_kernel_fallback"
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
 FILLER = "The cache keeps one row per token, and every row is read by its own slot. "
 PROMPTS = [  # one below and two above index_topk, which is 64
@@ -31,25 +29,6 @@ LIMITS = DecodeLimits(max_num_seqs=24, max_model_len=4096, block_size=64)
 NUM_BLOCKS, NUM_HEADS, TOPK = 160, 16, 512
 
 
-@pytest.fixture
-def gpu(paddle_gpu_implementation: PaddleOps) -> Iterator[str]:
-    """Paddle's name of the GPU, which is the current device meanwhile."""
-    place = paddle_gpu_implementation.gpu
-    name = place.get_device_type() if isinstance(place, paddle.CustomPlace) else "gpu"
-    before = paddle.get_device()
-    yield use_device(f"{name}:0")
-    paddle.device.set_device(before)
-
-
-@pytest.fixture
-def falls_back() -> Iterator[None]:
-    """A plugin may lack kernels of Paddle's own ops, which then run on the CPU."""
-    before = paddle.get_flags(FALLBACK)
-    paddle.set_flags({FALLBACK: True})
-    yield
-    paddle.set_flags(before)
-
-
 @pytest.mark.usefixtures("falls_back")
 @pytest.mark.parametrize("cache_dtype", ["float32", "fp8"])
 def test_the_gpu_says_what_the_cpu_says(gpu: str, cache_dtype: str) -> None:
@@ -59,6 +38,23 @@ def test_the_gpu_says_what_the_cpu_says(gpu: str, cache_dtype: str) -> None:
 
     on_gpu = texts(gpu)
     assert on_gpu == texts("cpu")
+
+
+@pytest.mark.usefixtures("falls_back")
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_the_gpu_says_of_deepseek_v4_what_the_cpu_says(gpu: str, tmp_path: Path, num_drafts: int) -> None:
+    """All three layer kinds; prompts that cross windows and close entries while they are decoded."""
+    folder = write_tiny_compressed_model(tmp_path / "model", num_nextn_predict_layers=1)
+    prompts = [np.random.default_rng(length).integers(0, VOCAB_SIZE, length).tolist() for length in (375, 250, 61, 1)]
+    drafting = {"method": "mtp", "num_speculative_tokens": num_drafts, "adaptive": False}
+    speculative = {"speculative_config": drafting} if num_drafts else {}
+
+    def tokens(device: str) -> list[list[int]]:
+        llm = LLM(folder, device=device, cache_dtype="float32", cache_memory="64MiB", max_model_len=512, **speculative)
+        return [output.token_ids for output in llm.generate(prompts, GREEDY)]
+
+    on_gpu = tokens(gpu)
+    assert on_gpu == tokens("cpu")
 
 
 class Attention:
