@@ -22,8 +22,6 @@ INTERRUPTED = 130
 
 _PROG = "fastdeploy-dsa"
 _MAX_NUM_SEQS = 32
-# Of the extra `server`.
-_SERVER_MODULES = ("jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 2 after a user's mistake (one line on stderr), or the command's own.
     """
     options = build_parser().parse_args(arguments)
-    # Importing paddle makes the root logger print everything from INFO on, and asks for a tool of its own builder.
-    logging.getLogger(__package__).setLevel(logging.WARNING)
+    # Importing paddle asks for a tool of its own builder.
     warnings.filterwarnings("ignore", message="No ccache found")
     try:
         status: int = options.run(options)
@@ -234,12 +231,12 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from fastdeploy_dsa.installation import DEMO_MODEL  # noqa: PLC0415
+    from fastdeploy_dsa.installation import DEMO_MODEL, SERVER_DISTRIBUTIONS  # noqa: PLC0415
 
     try:
         from fastdeploy_dsa.server.serving import ServerOptions, serve  # noqa: PLC0415 - imports paddle
     except ModuleNotFoundError as error:
-        if error.name not in _SERVER_MODULES:
+        if str(error.name).replace("_", "-") not in SERVER_DISTRIBUTIONS:
             raise
         raise ValueError(f"serve needs the extra 'server': pip install 'fastdeploy-dsa[server]' ({error})") from error
     serve(

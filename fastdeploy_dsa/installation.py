@@ -30,6 +30,8 @@ SOURCES = PACKAGE.parent / "custom_ops"
 
 CORE_DISTRIBUTIONS = ("numpy", "PyYAML", "rich", "safetensors", "tokenizers")
 PADDLE_DISTRIBUTIONS = ("paddlepaddle", "paddlepaddle-gpu")
+# Of the extra `server`.
+SERVER_DISTRIBUTIONS = ("jinja2", "prometheus-client", "pydantic", "starlette", "uvicorn")
 
 Status = Literal["ok", "missing", "note"]
 
@@ -162,7 +164,7 @@ def observe() -> Observations:
         except OSError as error:
             c_library_error = str(error)
     return Observations(
-        versions=installed_versions((*CORE_DISTRIBUTIONS, *PADDLE_DISTRIBUTIONS, "paddlenlp")),
+        versions=installed_versions((*CORE_DISTRIBUTIONS, *PADDLE_DISTRIBUTIONS, *SERVER_DISTRIBUTIONS, "paddlenlp")),
         c_library=c_library,
         c_library_error=c_library_error,
         paddle_library=observe_library(PADDLE_LIBRARY, SOURCES),
@@ -177,6 +179,7 @@ def judge(seen: Observations) -> list[Finding]:
     """Turn observations into findings, in the order of a reader's questions. Pure."""
     return [
         *_judge_packages(seen),
+        _judge_server(seen),
         _judge_paddle(seen),
         _judge_library("C library", seen.c_library, error=seen.c_library_error),
         _judge_library("Paddle ops", seen.paddle_library, error=seen.ops_error),
@@ -198,6 +201,15 @@ def _judge_packages(seen: Observations) -> Iterator[Finding]:
         yield Finding("PaddleNLP (optional)", "ok", seen.versions["paddlenlp"])
     else:
         yield Finding("PaddleNLP (optional)", "note", "not installed; nothing here needs it", install_remedy("nlp"))
+
+
+def _judge_server(seen: Observations) -> Finding:
+    name = "HTTP server (optional)"
+    absent = [package for package in SERVER_DISTRIBUTIONS if package not in seen.versions]
+    if absent:
+        detail = f"`fastdeploy-dsa serve` needs {', '.join(absent)}; nothing else does"
+        return Finding(name, "note", detail, install_remedy("server"))
+    return Finding(name, "ok", ", ".join(f"{package} {seen.versions[package]}" for package in SERVER_DISTRIBUTIONS))
 
 
 def _judge_paddle(seen: Observations) -> Finding:

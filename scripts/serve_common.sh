@@ -1,16 +1,39 @@
-# Sourced by serve_*.sh. `launch COMMAND...` becomes the command, or prints it if the script's first argument is
-# --dry-run. PYTHON names the interpreter.
+# Sourced by serve_*.sh: takes --dry-run and --help out of the script's arguments, wherever they stand. `launch COMMAND...`
+# becomes the command, or prints it with --dry-run. PYTHON names the interpreter.
 # shellcheck shell=bash disable=SC2034
 python="${PYTHON:-python3}"
-if [ "${1-}" = --dry-run ]; then
-    shift
-    launch() {
-        printf '%q ' "$@"
-        echo
-    }
-else
-    launch() { exec "$@"; }
-fi
+
+# The comment that the script begins with.
+usage() { sed -n -e 1d -e '/^#/!q' -e 's/^#$//' -e 's/^# //' -e p "$0"; }
+
+require_model() {
+    case "${1-}" in
+        '' | -*)
+            usage >&2
+            echo "$0: expected the folder of the model first, got ${1:-nothing}" >&2
+            exit 2
+            ;;
+    esac
+}
+
+launch() { exec "$@"; }
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        --dry-run)
+            launch() {
+                printf '%q ' "$@"
+                echo
+            }
+            ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+set -- "${arguments[@]}"
 
 # FastDeploy's API server with the plug-in of this package.
 fastdeploy=(

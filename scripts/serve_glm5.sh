@@ -2,10 +2,11 @@
 # GLM-5, 5.1 or 5.2 with FastDeploy on 8 GPUs of 141 GB. On two nodes of 8 GPUs of 80 GB, run on both with
 # --tensor-parallel-size 16 --ips NODE,NODE.
 #
-#   scripts/serve_glm5.sh [--dry-run] MODEL [FLAG...]        flags of FastDeploy; the last of a name counts
+#   scripts/serve_glm5.sh MODEL [FLAG...] [--dry-run]        flags of FastDeploy; the last of a name counts
 set -euo pipefail
 source "$(dirname "$0")/serve_common.sh"
+require_model "$@"
 
-launch "${fastdeploy[@]}" --model "${1:?expected the folder of the model}" "${features[@]}" \
+launch "${fastdeploy[@]}" --model "$1" "${features[@]}" \
     --max-model-len 196608 \
     "${@:2}"

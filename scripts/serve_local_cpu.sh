@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo model with this package's own engine and server, on the CPU; docs/server.md.
 #
-#   scripts/serve_local_cpu.sh [--dry-run] [OPTION...]        of `fastdeploy-dsa serve`; the last of a name counts
+#   scripts/serve_local_cpu.sh [OPTION...] [--dry-run]        of `fastdeploy-dsa serve`; the last of a name counts
 set -euo pipefail
 source "$(dirname "$0")/serve_common.sh"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastdeploy_dsa import installation
 from fastdeploy_dsa.installation import Finding, LibraryFile, Observations
 from fastdeploy_dsa.ops import library
 
-VERSIONS = dict.fromkeys((*installation.CORE_DISTRIBUTIONS, "paddlepaddle"), "1.0")
+VERSIONS = dict.fromkeys((*installation.CORE_DISTRIBUTIONS, *installation.SERVER_DISTRIBUTIONS, "paddlepaddle"), "1.0")
 WHOLE = Observations(
     versions=VERSIONS,
     c_library=LibraryFile(path=Path("_lib/c.so"), exists=True),
@@ -56,6 +57,10 @@ HARMLESS = {
     ),
     "a driver does not answer": (replace(WHOLE, has_cuda_build=True, gpu_error="no device"), "no device"),
     "GPUs are there": (replace(WHOLE, has_cuda_build=True, num_gpus=2), "2 visible"),
+    "the server's packages are absent": (
+        replace(WHOLE, versions={name: "1.0" for name in VERSIONS if name not in {"starlette", "prometheus-client"}}),
+        "needs prometheus-client, starlette;",
+    ),
     "the demo model is absent": (replace(WHOLE, has_demo_model=False), "not in the package"),
 }
 
@@ -87,6 +92,22 @@ def test_what_stops_nothing_is_a_note(case: str) -> None:
     (finding,) = lines_with(words, findings)
     assert finding.status == "note"
     assert installation.exit_status(findings) == 0
+
+
+def test_the_server_is_reported_with_its_versions_or_the_command_that_installs_it() -> None:
+    with_it, without = (
+        next(finding for finding in installation.judge(seen) if finding.name == "HTTP server (optional)")
+        for seen in (WHOLE, HARMLESS["the server's packages are absent"][0])
+    )
+    assert (with_it.status, with_it.remedy) == ("ok", "")
+    assert "uvicorn 1.0" in with_it.detail
+    assert without.remedy == library.install_remedy("server")
+
+
+def test_the_servers_packages_are_those_of_the_extra() -> None:
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^server = \[(.*)\]", text, re.MULTILINE)
+    assert tuple(re.findall(r'"([\w-]+)>', extra)) == installation.SERVER_DISTRIBUTIONS
 
 
 def test_every_breakage_is_reported_at_once() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fastdeploy_dsa.engine.stop_strings import Found, StopStrings
 from fastdeploy_dsa.engine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -27,10 +28,8 @@ class Detokenizer:
     """The text of one request.
 
     Decoding token by token would be wrong, since a character may span tokens, and decoding everything at every token
-    would be slow. A short window of the last tokens is decoded instead; its text grows only at the end.
-
-    Attributes:
-        text: All text so far, without what may still change.
+    would be slow. A short window of the last tokens is decoded instead; its text grows only at the end. The text
+    itself is kept in pieces, so that a token costs no more behind a long text.
     """
 
     def __init__(
@@ -52,14 +51,19 @@ class Detokenizer:
             skip_special_tokens: Whether special tokens give no text.
         """
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._max_stop = max(map(len, self._stop), default=0)
+        self._stop = StopStrings(stop)
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
         self._window = [int(token) for token in prompt_token_ids[-_PROMPT_CONTEXT:]]
         self._emitted = self._stable_length(self._decode(self._window))
-        self._taken = 0
-        self.text = ""
+        self._pieces: list[str] = []  # of the text that no stop string will take back
+        self._num_taken = 0  # pieces
+        self._held = ""  # the end that a stop string may begin with
+
+    @property
+    def text(self) -> str:
+        """All text so far, without what may still change; put together anew every time."""
+        return "".join(self._pieces) + self._held
 
     def push(self, token: int) -> str | None:
         """Append a token's text.
@@ -76,14 +80,21 @@ class Detokenizer:
             self._shorten(decoded)
         if not added:
             return None
-        self.text += added
-        return self._cut_at_stop(len(added)) if self._stop else None
+        text = self._held + added
+        found = self._stop.feed(added)
+        if found is not None:
+            self._end(text, found)
+            return found.stop
+        self._settle(text, num_held=self._stop.held)
+        return None
 
     def take(self, *, is_finished: bool) -> str:
         """Text that no earlier call has returned; the beginning of a stop string only once the request is finished."""
-        end = len(self.text) if is_finished else len(self.text) - self._possible_stop_length()
-        taken, self._taken = self.text[self._taken : end], max(self._taken, end)
-        return taken
+        if is_finished:
+            self._settle(self._held, num_held=0)
+        new = self._pieces[self._num_taken :]
+        self._num_taken = len(self._pieces)
+        return "".join(new)
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
@@ -106,19 +117,13 @@ class Detokenizer:
                 self._emitted -= dropped
                 return
 
-    def _cut_at_stop(self, num_added: int) -> str | None:
-        start = max(0, len(self.text) - num_added - self._max_stop + 1)
-        found = [(place, stop) for stop in self._stop if (place := self.text.find(stop, start)) >= 0]
-        if not found:
-            return None
-        place, stop = min(found, key=lambda hit: hit[0])
-        self.text = self.text[: place + len(stop) if self._include_stop else place]
-        return stop
+    def _end(self, text: str, found: Found) -> None:
+        begin = len(text) - found.num_last
+        self._settle(text[: begin + len(found.stop) if self._include_stop else begin], num_held=0)
 
-    def _possible_stop_length(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string."""
-        for length in range(min(self._max_stop - 1, len(self.text)), 0, -1):
-            end = self.text[-length:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return length
-        return 0
+    def _settle(self, text: str, *, num_held: int) -> None:
+        """Take over the text behind the pieces, and hold back the last characters of it."""
+        end = len(text) - num_held
+        if end:
+            self._pieces.append(text[:end])
+        self._held = text[end:]

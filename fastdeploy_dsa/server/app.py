@@ -169,9 +169,10 @@ class _Endpoints:
     def _common(self, body: GenerationBody, prompts: Sequence[Prompt]) -> dict[str, Any]:
         return {
             "model": self._model.name,
-            "num_prompt_tokens": [len(prompt.token_ids) for prompt in prompts],
+            "prompt_token_ids": [prompt.token_ids.tolist() for prompt in prompts],
             "num_choices": body.num_choices,
             "tokenizer": self._model.llm.tokenizer,
+            "has_token_ids": bool(body.return_token_ids),
             "has_logprobs": body.num_logprobs is not None,
             "includes_usage": body.includes_usage,
         }

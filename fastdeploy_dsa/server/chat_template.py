@@ -8,7 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastdeploy_dsa.strict_json import read_json_object
@@ -18,6 +20,17 @@ _CONFIG_FILE = "tokenizer_config.json"
 # What expressions and filters raise for messages and options that the template was not written for.
 _REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; a prompt has what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Extension declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A scope of its own, as in transformers: what is set inside is not known behind it."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class ChatTemplate:
@@ -35,7 +48,7 @@ class ChatTemplate:
             ValueError: It is not Jinja.
         """
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json  # Jinja's own escapes for HTML
         environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)

@@ -16,6 +16,10 @@ from fastdeploy_dsa.wording import shown
 
 MAX_LOGPROBS = 20
 _MAX_CHOICES = 128
+# The engine looks at these after every token, for all who wait for it.
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 256
 
 # Parameters that say nothing about the tokens.
 _WITHOUT_EFFECT = {
@@ -85,13 +89,29 @@ class GenerationBody(BaseModel, ABC):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
-    stop: str | list[str] | None = None
+    stop: list[str] | None = None
     top_k: int | None = None
     min_p: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_short(cls, stop: object) -> object:
+        if stop is None:
+            return None
+        strings = [stop] if isinstance(stop, str) else stop
+        if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
+            raise ValueError(f"expected a string or a list of strings, none of them empty, got {shown(stop)}")
+        if len(strings) > MAX_STOP_STRINGS:
+            raise ValueError(f"expected at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+        longest = max(map(len, strings), default=0)
+        if longest > MAX_STOP_LENGTH:
+            raise ValueError(f"expected strings of at most {MAX_STOP_LENGTH} characters, got one of {longest}")
+        return strings
 
     @property
     def num_choices(self) -> int:

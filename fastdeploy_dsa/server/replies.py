@@ -61,9 +61,10 @@ class Reply(ABC):
         self,
         *,
         model: str,
-        num_prompt_tokens: list[int],
+        prompt_token_ids: list[list[int]],
         num_choices: int,
         tokenizer: Tokenizer | None,
+        has_token_ids: bool,
         has_logprobs: bool,
         includes_usage: bool,
     ) -> None:
@@ -71,21 +72,23 @@ class Reply(ABC):
 
         Args:
             model: The name the model is served under.
-            num_prompt_tokens: One per prompt.
+            prompt_token_ids: One list per prompt.
             num_choices: Per prompt.
             tokenizer: For the texts of single tokens.
+            has_token_ids: Whether they were asked for; without a tokenizer they are always there.
             has_logprobs: Whether they were asked for.
             includes_usage: Whether chunks say so.
         """
         self._model = model
-        self._num_prompt_tokens = num_prompt_tokens
+        self._prompt_token_ids = prompt_token_ids
         self._num_choices = num_choices
         self._tokenizer = tokenizer
+        self._has_token_ids = has_token_ids or tokenizer is None
         self._has_logprobs = has_logprobs
         self._includes_usage = includes_usage
         self._id = f"{self.id_prefix}-{uuid4().hex}"
         self._created = int(time())
-        self.choices = [Choice() for _ in range(len(num_prompt_tokens) * num_choices)]
+        self.choices = [Choice() for _ in range(len(prompt_token_ids) * num_choices)]
 
     def whole(self) -> dict[str, Any]:
         """The answer, when every choice has ended."""
@@ -100,7 +103,8 @@ class Reply(ABC):
         """What a delta adds; None if there is nothing to see."""
         choice = self.choices[delta.index]
         choice.extend(delta)
-        if not delta.text and delta.finish_reason is None and delta.logprobs is None:
+        is_seen = delta.text or delta.finish_reason is not None or delta.logprobs is not None or self._has_token_ids
+        if not is_seen:
             return None
         return self._chunk(self._next_part(delta))
 
@@ -125,7 +129,7 @@ class Reply(ABC):
         return {"id": self._id, "object": name, "created": self._created, "model": self._model, "choices": choices}
 
     def _usage(self) -> dict[str, Any]:
-        prompt = sum(self._num_prompt_tokens)
+        prompt = sum(map(len, self._prompt_token_ids))
         completion = sum(len(choice.token_ids) for choice in self.choices)
         # The other choices of a prompt find all of it; a prompt counts once.
         cached = sum(choice.num_cached_tokens for choice in self.choices[:: self._num_choices])
@@ -135,6 +139,15 @@ class Reply(ABC):
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+    def _prompt_ids(self, index: int) -> dict[str, list[int]]:
+        """The prompt of a choice, under FastDeploy's name."""
+        if not self._has_token_ids:
+            return {}
+        return {"prompt_token_ids": self._prompt_token_ids[index // self._num_choices]}
+
+    def _completion_ids(self, token_ids: list[int]) -> dict[str, list[int]]:
+        return {"completion_token_ids": token_ids} if self._has_token_ids else {}
 
     def _token_text(self, token: int) -> str:
         return "" if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
@@ -157,14 +170,19 @@ class CompletionReply(Reply):
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text = self._echoed[index] + choice.text
-        return self._part(index, text, self._logprobs(choice, choice.token_ids, choice.logprobs), choice.finish_reason)
+        logprobs = self._logprobs(choice, choice.token_ids, choice.logprobs)
+        ids = self._prompt_ids(index) | self._completion_ids(choice.token_ids)
+        return self._part(index, text, logprobs, choice.finish_reason) | ids
 
     def _first_parts(self, index: int) -> list[dict[str, Any]]:
-        return [self._part(index, self._echoed[index], None, None)] if self._echoed[index] else []
+        if not self._echoed[index] and not self._has_token_ids:
+            return []
+        return [self._part(index, self._echoed[index], None, None) | self._prompt_ids(index)]
 
     def _next_part(self, delta: RequestDelta) -> dict[str, Any]:
         logprobs = self._logprobs(self.choices[delta.index], delta.token_ids, delta.logprobs or [])
-        return self._part(delta.index, delta.text, logprobs, delta.finish_reason)
+        part = self._part(delta.index, delta.text, logprobs, delta.finish_reason)
+        return part | self._completion_ids(delta.token_ids)
 
     @staticmethod
     def _part(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
@@ -208,23 +226,25 @@ class ChatReply(Reply):
         self._num_top_logprobs = num_top_logprobs
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        ids = self._prompt_ids(index) | self._completion_ids(choice.token_ids)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", "content": choice.text, "refusal": None, **ids},
             "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
 
     def _first_parts(self, index: int) -> list[dict[str, Any]]:
-        return [self._part(index, {"role": "assistant", "content": ""}, None, None)]
+        return [self._part(index, {"role": "assistant", "content": "", **self._prompt_ids(index)}, None, None)]
 
     def _next_part(self, delta: RequestDelta) -> dict[str, Any]:
         logprobs = self._logprobs(delta.token_ids, delta.logprobs or [])
-        return self._part(delta.index, {"content": delta.text} if delta.text else {}, logprobs, delta.finish_reason)
+        content: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        return self._part(delta.index, content | self._completion_ids(delta.token_ids), logprobs, delta.finish_reason)
 
     @staticmethod
     def _part(
-        index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, finish_reason: str | None
+        index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish_reason: str | None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 

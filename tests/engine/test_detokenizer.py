@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -141,6 +145,31 @@ def test_a_stop_string_in_the_prompt_does_not_count() -> None:
     assert deltas(detokenizer, list(b"D."))[1] is None
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 3), max_size=25),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=7), max_size=4),
+    include_stop=st.booleans(),
+)
+def test_tokens_of_several_characters_end_where_a_search_of_the_whole_text_ends(
+    tokens: list[int], stop: list[str], include_stop: bool
+) -> None:
+    words = ("a", "bb", "aba", "abaabb")
+    tokenizer = CountingTokenizer(LibraryTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "a")))
+    tokenizer.decode = lambda ids, **_: "".join(words[token] for token in ids)  # type: ignore[method-assign]
+    detokenizer = Detokenizer(tokenizer, prompt_token_ids=[], stop=stop, include_stop=include_stop)
+    seen, found = deltas(detokenizer, tokens)
+    text, expected = "", None
+    for token in tokens:
+        text += words[token]
+        hits = [(text.find(one), one) for one in stop if one in text]
+        if hits:
+            place, expected = min(hits, key=lambda hit: hit[0])
+            text = text[: place + (len(expected) if include_stop else 0)]
+            break
+    assert ("".join(seen), found, detokenizer.text) == (text, expected, text)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(alphabet="abä€", max_size=60),
@@ -153,6 +182,50 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
     assert (found is not None) == bool(ends)
     # Bytes come one at a time, so the string that ends first is found first; of those, the one that begins first.
     assert "".join(seen) == detokenizer.text == (text[: min(ends)[1]] if ends else text)
+
+
+def num_lines_executed(run: Callable[[], object]) -> int:
+    """In the files of the engine."""
+    count = 0
+
+    def tracer(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal count
+        if "fastdeploy_dsa/engine" not in frame.f_code.co_filename:
+            return None
+        count += event == "line"
+        return tracer
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_matching_costs_the_same_for_long_stop_strings_that_nearly_match_all_the_time() -> None:
+    counts = []
+    for length in (4, 256):
+        stop = ["a" * (length - 1) + end for end in "bcde"]
+        detokenizer = Detokenizer(BYTES, prompt_token_ids=[], stop=stop)
+        deltas(detokenizer, list(b"a" * 300))
+        counts.append(num_lines_executed(lambda: deltas(detokenizer, list(b"a" * 100))))  # noqa: B023 - run at once
+    assert counts[1] <= counts[0] + 400  # measured: equal, but for the ends of the two windows
+
+
+def test_a_token_copies_nothing_of_the_text_before_it() -> None:
+    detokenizer = Detokenizer(BYTES, prompt_token_ids=[], stop=["END"])
+    deltas(detokenizer, list(b"a" * 20_000))
+    tracemalloc.start()
+    try:
+        for token in b"abcd":
+            detokenizer.push(token)
+            detokenizer.take(is_finished=False)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000
 
 
 def words_tokenizer() -> LibraryTokenizer:

@@ -71,6 +71,20 @@ def test_templates_find_what_they_expect() -> None:
     assert compiled(source).render(messages, {"thinking": "yes"}) == '{"role": "user", "content": "<ä>"}yes 4'
 
 
+def test_the_mark_of_what_a_model_is_trained_on_is_not_part_of_the_prompt() -> None:
+    source = (
+        "{% set word = 'outer' %}{% for m in messages %}\n"
+        "    {% generation %}\n"
+        "{% set word = 'inner' %}<{{ loop.index }}{{ m.content }}{{ word }}>\n"
+        "    {%- endgeneration -%}\n"
+        "{{ word }}{% endfor %}{{ word }}"
+    )
+    # As transformers renders it.
+    assert compiled(source).render(MESSAGES, {}) == "<1helloinner>outerouter"
+    with pytest.raises(ValueError, match=r"template: expected a Jinja template: line 1: .*endgeneration"):
+        compiled("{% generation %}")
+
+
 def test_options_replace_neither_messages_nor_the_generation_prompt() -> None:
     options = {"messages": [], "add_generation_prompt": False}
     assert compiled("{{ messages | length }} {{ add_generation_prompt }}").render(MESSAGES, options) == "1 True"

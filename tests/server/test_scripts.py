@@ -27,7 +27,7 @@ KINDS = {"int": int, "float": float, "json": json.loads, "text": str}
 def dry_run(script: str, *arguments: str, **environment: str) -> list[str]:
     """The command, as a shell would read it."""
     done = subprocess.run(
-        [SCRIPTS / script, "--dry-run", *arguments],
+        [SCRIPTS / script, *arguments, "--dry-run"],
         capture_output=True,
         text=True,
         check=True,
@@ -96,9 +96,32 @@ def test_later_flags_replace_those_of_the_script(script: str) -> None:
 
 @pytest.mark.parametrize("script", FASTDEPLOY)
 def test_a_model_is_required(script: str) -> None:
-    done = subprocess.run([SCRIPTS / script, "--dry-run"], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "expected the folder of the model" in done.stderr
+    for arguments, got in (([], "nothing"), (["--dry-run"], "nothing"), ([""], "nothing"), (["--tp", "8"], "--tp")):
+        done = subprocess.run([SCRIPTS / script, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"scripts/{script} MODEL [FLAG...] [--dry-run]" in done.stderr
+        assert done.stderr.endswith(f"expected the folder of the model first, got {got}\n")
+
+
+@pytest.mark.parametrize("script", [*FASTDEPLOY, "serve_local_cpu.sh"])
+def test_help_is_the_scripts_usage_wherever_it_stands(script: str) -> None:
+    for arguments in (["--help"], ["-h"], [MODEL, "--help"]):
+        done = subprocess.run([SCRIPTS / script, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert f"  scripts/{script} " in done.stdout
+        assert "[--dry-run]" in done.stdout
+        assert "set -e" not in done.stdout
+
+
+def test_dry_run_stands_anywhere() -> None:
+    flags = [MODEL, "--swap-space", "64"]
+    commands = []
+    for place in range(len(flags) + 1):
+        arguments = [*flags[:place], "--dry-run", *flags[place:]]
+        done = subprocess.run([SCRIPTS / "serve_mtp.sh", *arguments], capture_output=True, text=True, check=True)
+        commands.append(done.stdout)
+    assert len(set(commands)) == 1
+    assert "--dry-run" not in commands[0]
 
 
 def test_the_local_script_serves_the_demo_model_on_the_cpu() -> None:
@@ -109,11 +132,12 @@ def test_the_local_script_serves_the_demo_model_on_the_cpu() -> None:
 
 
 def test_without_dry_run_the_command_is_run() -> None:
-    arguments = [SCRIPTS / "serve_local_cpu.sh", "--help"]
+    arguments = [SCRIPTS / "serve_local_cpu.sh", "--port", "any"]
     done = subprocess.run(
-        arguments, capture_output=True, text=True, check=True, env=os.environ | {"PYTHON": sys.executable}
+        arguments, capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable}
     )
-    assert "serve [-h]" in done.stdout
+    assert done.returncode == 2
+    assert done.stderr == "fastdeploy-dsa: error: argument --port: invalid int value: 'any'\n"
 
 
 if find_spec("fastdeploy") is not None:
