@@ -114,7 +114,8 @@ dsa_status launch(const Arguments& a, uint32_t num_clusters, cudaStream_t stream
     const dsa_status status = allow_shared_bytes(attend<kSplits>, sizeof(Shared));
     if (status != DSA_OK) return status;
     /* Where CTAs go through many items the start does not count, and starting early cost up to 3 %. */
-    const Launch<kSplits> launch(num_clusters, num_clusters == a.num_items, stream);
+    const bool overlaps = num_clusters == a.num_items && a.widened.num_places == nullptr; /* which is read at the start */
+    const Launch<kSplits> launch(num_clusters, overlaps, stream);
     const cudaError_t error = cudaLaunchKernelEx(&launch.config, attend<kSplits>, a);
     return error != cudaSuccess ? status_of(error) : launched(stream);
 }
@@ -138,10 +139,20 @@ uint32_t max_clusters() {
     return (uint32_t)clusters;
 }
 
+int64_t num_items_of(const dsa_sparse_mla_params& p) { return p.num_tokens * ((p.num_heads + kHeads - 1) / kHeads); }
+
+/* Ids are looked for some tiles ahead, in int32; offsets in the cache count 16 bytes, in uint32. */
+bool has_room_for(const dsa_sparse_mla_params& p) {
+    return p.topk <= INT32_MAX - 8192 && p.num_blocks * p.block_stride_bytes / 16 <= UINT32_MAX &&
+           num_items_of(p) <= INT32_MAX / 2;
+}
+
 }  // namespace
 }  // namespace heads
 
-size_t sparse_mla_sm90_heads_workspace_bytes(const dsa_sparse_mla_params& params) { return widen_workspace_bytes(params); }
+size_t sparse_mla_sm90_heads_workspace_bytes(const dsa_sparse_mla_params& params) {
+    return heads::has_room_for(params) ? widen_workspace_bytes(params) : 0;
+}
 
 /* Bound: 2 * 64 * (576 + 512) * count FLOP for 64 heads of a row on the tensor cores, 34 cycles of a multiprocessor a
  * slot; 656 bytes a slot read. */
@@ -149,9 +160,7 @@ dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Devi
                                  cudaStream_t stream) {
     using namespace heads;
     if (!device.has_hopper_instructions || device.max_shared_bytes < (int32_t)sizeof(Shared)) return DSA_UNSUPPORTED;
-    /* Ids are looked for some tiles ahead, in int32; offsets in the cache count 16 bytes, in uint32. */
-    if (params.topk > INT32_MAX - 8192) return DSA_UNSUPPORTED;
-    if (params.num_blocks * params.block_stride_bytes / 16 > UINT32_MAX) return DSA_UNSUPPORTED;
+    if (!has_room_for(params)) return DSA_UNSUPPORTED;
     Arguments a = {};
     a.query = (const uint8_t*)params.query;
     a.latent_cache = params.num_blocks > 0 ? params.latent_cache : a.query;
@@ -168,9 +177,7 @@ dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Devi
     a.shifts = kWidenShifts;
     a.query_signs = params.softmax_scale < 0.0f ? 0x80008000 : 0;
     a.scale_log2 = fmaxf(fabsf(params.softmax_scale) * 1.44269504088896f, FLT_MIN); /* masked scores stay -inf */
-    const int64_t num_items = params.num_tokens * a.num_parts;
-    if (num_items > INT32_MAX / 2) return DSA_UNSUPPORTED;
-    a.num_items = (uint32_t)num_items;
+    a.num_items = (uint32_t)num_items_of(params);
     const uint32_t num_multiprocessors = (uint32_t)device.num_multiprocessors;
     const uint32_t num_tiles = (uint32_t)((params.topk + kTokens - 1) / kTokens);
     if (num_tiles >= 2 && a.num_items <= max_clusters<2>()) return launch<2>(a, a.num_items, stream);
@@ -181,6 +188,8 @@ dsa_status sparse_mla_sm90_heads(const dsa_sparse_mla_params& params, const Devi
         status = allow_shared_bytes(attend_widened, sizeof(Shared));
         if (status != DSA_OK) return status;
         attend_widened<<<num_ctas, kWidenedThreads, sizeof(Shared), stream>>>(a);
+        status = launched(stream);
+        if (status != DSA_OK) return status;
     }
     return launch<1>(a, num_ctas, stream);
 }

@@ -4,8 +4,8 @@
  *   widen   the blocks' rows are read from the cache and written as bfloat16
  *
  * Which place a block gets depends on who came first, what stands there does not, and no result depends on the place.
- * How many blocks are used is known on the device only. If they are more than there is room for, or if rows are used too
- * seldom for this to pay, nothing is widened, and the attention, which looks at the same number, takes the cache itself.
+ * How many blocks are used is known on the device only. If they are more than there is room for, which is made only for as
+ * many as it can pay for, nothing is widened, and the attention, which looks at the same number, takes the cache itself.
  */
 #include "sparse_mla_sm90_widen.h"
 
@@ -17,10 +17,11 @@ namespace {
 
 /* Fewer rows are mostly decode steps, whose requests have nothing in common; the passes here would cost them some 2 %. */
 constexpr int64_t kMinTokens = 512;
-/* A cache row is widened if on the average so many query rows use it: a widened row is 1.8 times as long as one in the
- * cache, and is written and read. */
+/* A cache row is widened if on the average so many query rows may use it, were all their ids to count: a widened row is
+ * 1.8 times as long as one in the cache, and is written and read. */
 constexpr int64_t kMinUses = 4;
 constexpr int64_t kMaxWidenedBytes = 256 << 20;
+constexpr int64_t kMaxPlaceBytes = 64 << 20; /* it is cleared in every call */
 
 constexpr int kLatent = 512, kGroup = 128, kScaleOffset = kLatent, kRopeOffset = kLatent + 16;
 constexpr int kRopeBytes = 2 * 64;
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(kThreads) widen_blocks(const __grid_constant__
 
 size_t widen_workspace_bytes(const dsa_sparse_mla_params& params) {
     if (params.num_tokens < kMinTokens || params.num_tokens > INT32_MAX || capacity_of(params) == 0) return 0;
+    if (params.num_blocks > kMaxPlaceBytes / (int64_t)sizeof(uint32_t)) return 0;
     return sections_of(params).end;
 }
 

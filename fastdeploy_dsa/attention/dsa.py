@@ -103,9 +103,7 @@ class DSAAttentionBackend(MLAAttentionBackend):
         Raises:
             ValueError: An index key and no index cache, or the other way round; nothing was written.
         """
-        num_parts = 3 if ("indexer", layer_id) in caches else 2
-        if len(entries) != num_parts:
-            raise ValueError(f"entries: expected {num_parts} parts on layer {layer_id}, got {len(entries)}")
+        _check_parts(entries, 3 if ("indexer", layer_id) in caches else 2, layer_id)
         super().write_entries(entries[:2], layer_id=layer_id, step=step, caches=caches)
         for key in entries[2:]:
             index_key_write(key=key, cache=caches["indexer", layer_id], slot_mapping=step.slot_mapping, cpu=self.cpu)
@@ -131,7 +129,13 @@ class DSAAttentionBackend(MLAAttentionBackend):
 
         Returns:
             Query and folded weights, as `index_select` takes them.
+
+        Raises:
+            ValueError: No index key, or a layer without an index cache; nothing was written.
         """
+        _check_parts(entries, 3, layer_id)
+        if ("indexer", layer_id) not in caches:
+            raise ValueError(f"caches: layer {layer_id} has no index cache")
         latent, rope, key = entries
         query, weights = index_query
         return layer_write(
@@ -145,3 +149,8 @@ class DSAAttentionBackend(MLAAttentionBackend):
             slot_mapping=step.slot_mapping,
             cpu=self.cpu,
         )
+
+
+def _check_parts(entries: tuple[Tensor, ...], num_parts: int, layer_id: int) -> None:
+    if len(entries) != num_parts:
+        raise ValueError(f"entries: expected {num_parts} parts on layer {layer_id}, got {len(entries)}")

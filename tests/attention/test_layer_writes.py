@@ -117,3 +117,19 @@ def test_entries_that_are_not_the_layers_caches_are_refused(layer_id: int, num_p
         backend.write_entries(entries[:num_parts], layer_id=layer_id, step=STEP, caches=caches)
     for key, unwritten in content(caches).items():
         assert_same(unwritten, before[key], str(key))
+
+
+@pytest.mark.parametrize(
+    ("layer_id", "num_parts", "message"),
+    [(1, 2, "entries: expected 3 parts on layer 1, got 2"), (2, 3, "caches: layer 2 has no index cache")],
+)
+def test_a_layer_that_cannot_select_is_refused_before_anything_is_written(
+    layer_id: int, num_parts: int, message: str
+) -> None:
+    rng, backend = np.random.default_rng(7), backend_of("float32")
+    caches, entries = caches_of(backend), (rows_of(rng, 128), rows_of(rng, 16), rows_of(rng, 32))
+    before, index_query = content(caches), (rows_of(rng, 4, 32), rows_of(rng, 4))
+    with pytest.raises(ValueError, match=message):
+        backend.write_and_quantise(entries[:num_parts], index_query, layer_id=layer_id, step=STEP, caches=caches)
+    for key, unwritten in content(caches).items():
+        assert_same(unwritten, before[key], str(key))

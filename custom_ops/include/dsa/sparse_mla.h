@@ -9,7 +9,8 @@
  *   unless batch_invariant is set (rules S72, S73).
  *   CUDA, bfloat16 queries over an fp8 cache: exp(z_i - m) enters the sum of out rounded to bfloat16 or finer, scores
  *   may use e4m3 * scale unrounded; all sums are float32. Elsewhere everything is float32.
- *   From 512 query rows on, the workspace may hold up to 256 MiB of widened cache rows, which change no bit of a result.
+ *   From 512 query rows on, the workspace may hold up to 256 MiB of widened cache rows and 64 MiB that say where they are;
+ *   they change no bit of a result.
  *
  * Cost per row: counts * num_heads * 2 * (2 * kv_lora_rank + qk_rope_head_dim) FLOP, counts * row bytes read.
  * Source: DeepSeek-V3.2 technical report, rules S67 to S73 of the DSA data flow.
