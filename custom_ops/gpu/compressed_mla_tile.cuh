@@ -15,6 +15,7 @@
 #include <math.h>
 
 #include "compressed_mla_kernels.h"
+#include "e4m3_to_bf16.cuh"
 #include "hopper.cuh"
 #include "latent_row.cuh"
 #include "quantize.cuh"
@@ -67,8 +68,7 @@ struct Arguments {
     int32_t num_splits;
     float scale_log2;     /* log2(e) times the magnitude of softmax_scale, above 0 */
     uint32_t query_signs; /* flips the sign of two bfloat16 numbers if softmax_scale is negative */
-    uint32_t sixteen; /* 16 and 256: multiplied by numbers that the compiler does not know, words are shifted in the */
-    uint32_t pow2_8;  /* multiply pipe, which is idle, and not in the one that moves bits, which is not */
+    WidenShifts shifts;
 };
 
 /* What a block works on: 64 heads of a row, every num_splits-th of its tiles. */
@@ -126,44 +126,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-    uint32_t product;
-#if __CUDA_ARCH__ >= 900
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u)); /* minus zero */
-#endif
-    return product;
-}
-
-/* Columns a b c d of two words (a b) (c d) to (a c) (b d) and back. */
-__device__ __forceinline__ void exchange_middle(uint32_t& first, uint32_t& second) {
-    const uint32_t low = __byte_perm(first, second, 0x5410);
-    second = __byte_perm(first, second, 0x7632);
-    first = low;
-}
-
-/* Bits of a where mask has ones, else those of b. */
-__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
-    uint32_t selected;
-    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(selected) : "r"(a), "r"(b), "r"(mask));
-    return selected;
-}
-
-/* Four e4m3 numbers to bfloat16 times 2^-120, by moving bits: (0, 2) and (1, 3). */
-__device__ __forceinline__ void widen(const Arguments& a, uint32_t bytes, uint32_t& even, uint32_t& odd) {
-    constexpr uint32_t kMagnitude = 0x07F007F0;
-    const uint32_t signs = bytes & 0x80808080;
-    even = select_bits(bytes * a.sixteen, signs * a.pow2_8, kMagnitude);
-    odd = select_bits(bytes >> 4, signs, kMagnitude);
 }
 
 /* 2^(code - 127 + 120), twice; only of codes up to kLastEasyScale. */
@@ -255,7 +217,7 @@ struct RawRow {
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 nans |= nan_codes(words[w]);
-                widen(a, words[w], wide[2 * w], wide[2 * w + 1]);
+                widen(a.shifts, words[w], wide[2 * w], wide[2 * w + 1]);
                 wide[2 * w] = multiply_bf16(wide[2 * w], factor);
                 wide[2 * w + 1] = multiply_bf16(wide[2 * w + 1], factor);
             }
@@ -503,8 +465,7 @@ static inline Arguments make_arguments(const dsa_compressed_mla_params& p, const
         a.part_sums = (float2*)p.workspace;
         a.part_values = (float*)((uint8_t*)p.workspace + part_sums_bytes(num_items, num_splits));
     }
-    a.sixteen = 16;
-    a.pow2_8 = 256;
+    a.shifts = kWidenShifts;
     a.query_signs = p.softmax_scale < 0.0f ? 0x80008000 : 0;
     a.scale_log2 = fmaxf(fabsf(p.softmax_scale) * kLog2E, FLT_MIN); /* masked scores stay -inf */
     return a;

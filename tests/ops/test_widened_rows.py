@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.kit.c_api import CApi
 from tests.kit.cases import SparseMlaCase
 from tests.kit.checks import check_attention
 from tests.kit.compare import assert_same
 from tests.kit.implementation import Implementation
+from tests.ops.test_c_abi import host_params
 
 FEW = 200
 """Query rows of a call that is too small for widening, and large enough for the same order of sums."""
@@ -60,6 +62,35 @@ def test_rows_widened_for_all_give_the_bits_of_rows_widened_while_they_are_gathe
     whole = gpu_implementation.sparse_mla(**arguments)
     for actual, expected, name in zip(whole, small, ("out", "lse"), strict=True):
         assert_same(actual, expected, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "widens"),
+    [
+        ({}, True),
+        ({"num_tokens": 511}, False),
+        ({"num_heads": 32}, False),
+        ({"batch_invariant": 1}, False),
+        ({"topk": 64, "block_size": 1 << 20, "num_blocks": 8}, False),
+        ({"num_blocks": 1 << 25, "block_size": 1}, False),
+        ({"num_blocks": 0}, False),
+    ],
+    ids=str,
+)
+def test_room_to_widen_is_asked_for_where_it_is_used(
+    c_gpu_implementation: CApi, changes: dict[str, Any], widens: bool
+) -> None:
+    """Without this, the tests above would compare a kernel with itself."""
+    large = {"num_tokens": 512, "num_heads": 64, "topk": 2048, "num_blocks": 1000, "block_size": 64, "counts": None}
+    formats = {name: c_gpu_implementation.constant("DSA", name) for name in ("fp8", "bfloat16")}
+    row_bytes = 656
+    fields: dict[str, Any] = large | {"cache_format": formats["fp8"], "query_format": formats["bfloat16"]} | changes
+    fields |= {"block_stride_bytes": fields["block_size"] * row_bytes}
+    params = host_params(c_gpu_implementation, "sparse_mla", **fields, kv_lora_rank=512, qk_rope_head_dim=64)
+    for array in ("query", "out", "latent_cache"):
+        setattr(params, array, 4096)  # aligned; nobody reads it
+    widened_bytes = 512 * 64 // 4 * 1152  # less than any call with room may ask for
+    assert (c_gpu_implementation.workspace_bytes("sparse_mla", params) > widened_bytes) == widens
 
 
 def test_rows_widened_for_all_give_the_attention_of_the_definition(gpu_implementation: Implementation) -> None:
